@@ -1,0 +1,340 @@
+"""Program to FlexAttention functions: real Python source that ``inspect`` and tracebacks can find.
+
+The functions work on scalars under ``vmap`` (FlexAttention) and on broadcast index tensors alike (the chunked
+path), so one text serves every backend. Arithmetic on reals follows the dtype of the score; reals inside a mask
+are float32.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import linecache
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flexsparse.ir.nodes import (
+    COMPARISONS,
+    OPERATIONS,
+    SIZE_SYMBOLS,
+    Apply,
+    Constant,
+    Kind,
+    Load,
+    Node,
+    Symbol,
+    walk,
+)
+from flexsparse.ir.program import Gate, Program, Selected, program_text, table_name
+
+_TENSOR_CALLS = {"abs": "torch.abs", **{f: f"torch.{f}" for f in ("exp", "exp2", "log", "log2", "sqrt", "tanh")}}
+_TENSOR_CALLS |= {"sigmoid": "torch.sigmoid"}
+_SCALAR_CALLS = {
+    **{f: f"math.{f}" for f in ("exp", "log", "log2", "sqrt", "tanh", "floor")},
+    **{"abs": "abs", "minimum": "min", "maximum": "max"},
+}
+_WIDTH = 100
+_COMMENT_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated module: its text, the names that ``build`` takes, and ``build`` itself.
+
+    ``build(**values)`` returns the functions by name: ``mask_mod``, ``score_mod`` (None where the score is
+    untouched), ``gated_score_mod`` (score_mod plus the log of the V gate) and ``value_gate``; the last two are
+    None where no gate acts on V.
+    """
+
+    source: str
+    filename: str
+    arguments: tuple[str, ...]
+    build: Callable[..., dict[str, Any]]
+
+    def function_source(self, name: str) -> str:
+        """The text of one function, or a comment where the pattern needs none."""
+        for node in ast.walk(ast.parse(self.source)):
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                lines = self.source.splitlines()[node.lineno - 1 : node.end_lineno]
+                return textwrap.dedent("\n".join(lines))
+        return f"# no {name}: the pattern leaves it as it is"
+
+
+def selection_arguments(program: Program, number: int) -> tuple[str, ...]:
+    """The names under which ``build`` takes what belongs to one selection."""
+    used = [n for e in program.expressions.values() for n in walk(e) if isinstance(n, Gate) and n.number == number]
+    names = [f"birth_{number}", f"death_{number}", f"group_{number}"]
+    if used:
+        names += [f"u_{number}", f"tau_{number}", f"least_{number}"]
+    if any(gate.straight_through for gate in used):
+        names += [f"u_{number}_fixed", f"tau_{number}_fixed"]
+    return tuple(names)
+
+
+def generate(program: Program, title: str, *, offset: bool = False) -> Generated:
+    """The functions of a program. ``title`` is the expression they came from; ``offset`` adds ``q_offset`` to q."""
+    arguments = _arguments(program, offset)
+    source = _module(program, title, arguments, offset)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    filename = f"<flexsparse {digest}>"
+    # linecache keeps entries without a modification time, so tracebacks and inspect.getsource find the text.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    # Dynamo imports a function's module by name, so the generated one must be found there.
+    module = types.ModuleType(f"flexsparse_generated_{digest}")
+    exec(compile(source, filename, "exec"), module.__dict__)
+    sys.modules[module.__name__] = module
+    return Generated(source, filename, arguments, module.build)
+
+
+def _arguments(program: Program, offset: bool) -> tuple[str, ...]:
+    names = [spec.name for spec in program.tensors if _is_loaded(program, spec.name)]
+    names += [table_name(n) for n in range(len(program.tables)) if _is_loaded(program, table_name(n))]
+    for number in range(len(program.selections)):
+        names += selection_arguments(program, number)
+    mentioned = {n.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Symbol)}
+    names += [name for name in SIZE_SYMBOLS if name in mentioned]
+    return (*names, "q_offset") if offset else tuple(names)
+
+
+def _is_loaded(program: Program, name: str) -> bool:
+    nodes = (n for e in program.expressions.values() for n in walk(e))
+    return any(isinstance(n, Load) and n.tensor.name == name for n in nodes)
+
+
+def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bool) -> str:
+    hoisted: dict[Node, str] = {}
+    bodies = {
+        "mask_mod": _mask_function(program, offset, hoisted),
+        "score_mod": _score_function(program, offset, hoisted, value_gate=False),
+        "gated_score_mod": _score_function(program, offset, hoisted, value_gate=True),
+        "value_gate": _value_gate_function(program, offset, hoisted),
+    }
+    present = {name: body for name, body in bodies.items() if body}
+    lines = [f"# {title}", "import math", "", "import torch", "", "", f"def build({_keywords(arguments)}):"]
+    lines += [f"    {line}" for line in _argument_comments(program)]
+    emitter = _Emitter("torch.float32", None)
+    lines += [f"    {name} = {emitter.emit(node)}" for node, name in hoisted.items()]
+    for body in present.values():
+        lines += ["", textwrap.indent(body, "    ")]
+    entries = ", ".join(f'"{name}": {name if name in present else None}' for name in bodies)
+    lines += ["", f"    return {{{entries}}}", ""]
+    return "\n".join(lines)
+
+
+def _keywords(arguments: tuple[str, ...]) -> str:
+    return f"*, {', '.join(arguments)}" if arguments else ""
+
+
+def _argument_comments(program: Program) -> Iterator[str]:
+    for spec in program.tensors:
+        if _is_loaded(program, spec.name):
+            yield f"# {spec.name}: {spec.kind.value} [{', '.join(spec.dims)}]"
+    for number, selection in enumerate(program.selections):
+        yield f"# selection {number}: key kv is selected for the queries birth <= q < death; [B, H_scores, S] int32"
+        if len(selection_arguments(program, number)) > 3:
+            yield f"# its gate is clip(u - tau, least, 1); u, tau, least: [B, H_scores, S]; group_{number}: H // H_scores"
+
+
+def _function(name: str, parameters: str, offset: bool, comment: str, body: list[str]) -> str:
+    shown = comment if len(comment) <= _COMMENT_WIDTH else f"{comment[: _COMMENT_WIDTH - 3]}..."
+    lines = [f"def {name}({parameters}):", f"    # {shown}"]
+    if offset:
+        lines.append("    q = q + q_offset")
+    return "\n".join(lines + [f"    {line}" for line in body])
+
+
+def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
+    emitter = _Emitter("torch.float32", hoisted)
+    if isinstance(program.mask, Constant):
+        body = "return kv >= 0" if program.mask.value else "return kv < 0"
+    else:
+        body = f"return {emitter.emit(program.mask)}"
+    lines = [body]
+    if len(body) > _WIDTH and isinstance(program.mask, Apply) and program.mask.op in ("and", "or"):
+        first, *rest = emitter.chain(program.mask, program.mask.op)
+        symbol = OPERATIONS[program.mask.op].symbol
+        lines = ["return (", f"    {first}", *(f"    {symbol} {operand}" for operand in rest), ")"]
+    return _function("mask_mod", "b, h, q, kv", offset, program_text(program.mask), lines)
+
+
+def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], *, value_gate: bool) -> str:
+    """score_mod, or gated_score_mod; empty where there is nothing to do."""
+    one = Constant(1.0)
+    if value_gate and program.gate_v == one:
+        return ""
+    steps: list[tuple[str, Node]] = []
+    emitter = _Emitter("score.dtype", hoisted)
+    body: list[str] = []
+    if program.gate_k != one:
+        body.append(f"gate = {emitter.emit(program.gate_k)}")
+        steps.append(("score = score * gate", program.gate_k))
+    if program.has_score:
+        steps.append((f"score = {emitter.emit(program.score)}", program.score))
+    for gate in (program.gate_logit, program.gate_v if value_gate else one):
+        if gate != one:
+            shown = "gate" if gate == program.gate_k else emitter.emit(gate)
+            steps.append((f"score = score + torch.log({shown})", gate))
+    if not steps:
+        return ""
+    gates = emitter.gate_lines([node for _, node in steps])
+    comment = program_text(program.score)
+    if program.gate_k != one:
+        comment = f"score * gate_k, then {comment}" if program.has_score else "score * gate_k"
+    comment += " + log(gate_logit)" if program.gate_logit != one else ""
+    comment += " + log(gate_v)" if value_gate else ""
+    name = "gated_score_mod" if value_gate else "score_mod"
+    body = gates + body + [line for line, _ in steps] + ["return score"]
+    return _function(name, "score, b, h, q, kv", offset, comment, body)
+
+
+def _value_gate_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
+    if program.gate_v == Constant(1.0):
+        return ""
+    emitter = _Emitter("torch.float32", hoisted)
+    body = [*emitter.gate_lines([program.gate_v]), f"return {emitter.emit(program.gate_v)}"]
+    return _function("value_gate", "b, h, q, kv", offset, program_text(program.gate_v), body)
+
+
+class _Emitter:
+    """Nodes to Python text over torch. Scalars (sizes and constants) are computed by Python itself."""
+
+    def __init__(self, real_dtype: str, hoisted: dict[Node, str] | None) -> None:
+        self.real_dtype = real_dtype
+        self.hoisted = hoisted
+
+    def emit(self, node: Node) -> str:
+        return self._render(node)[0]
+
+    def gate_lines(self, nodes: list[Node]) -> list[str]:
+        """Local variables for every gate among the nodes; each of its tensors is indexed once."""
+        gates = sorted({g for n in nodes for g in walk(n) if isinstance(g, Gate)}, key=lambda g: g.number)
+        lines = []
+        for gate in gates:
+            n = gate.number
+            head = f"b, h // group_{n}"
+            suffixes = ("", "_fixed") if gate.straight_through else ("",)
+            lines.append(f"least = least_{n}[{head}, q]")
+            for suffix in suffixes:
+                lines.append(f"x = u_{n}{suffix}[{head}, kv] - tau_{n}{suffix}[{head}, q]")
+                lines.append(f"m_{n}{suffix} = torch.where(x >= 1.0, 1.0, torch.where(x > least, x, least))")
+            if gate.straight_through:
+                lines.append(f"m_{n} = 1.0 + (m_{n} - m_{n}_fixed)")
+        return lines
+
+    def _render(self, node: Node) -> tuple[str, int]:
+        match node:
+            case Constant(value):
+                return repr(value) if value not in (float("inf"), -float("inf")) else f'float("{value}")', 10
+            case Symbol(name):
+                return name, 10
+            case Load(tensor, index):
+                return f"{tensor.name}[{', '.join(self.emit(i) for i in index)}]", 10
+            case Selected(n):
+                head = f"b, h // group_{n}, kv"
+                return f"(birth_{n}[{head}] <= q) & (q < death_{n}[{head}])", 4
+            case Gate(n):
+                return f"m_{n}", 10
+            case Apply(op, args):
+                return self._render_apply(node, op, args)
+        raise AssertionError(f"no code for {type(node).__name__}")
+
+    def _render_apply(self, node: Node, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
+        if is_uniform(node):
+            # A function of sizes is computed once, in front of the functions.
+            if self.hoisted is not None and not OPERATIONS[op].symbol:
+                return self.hoisted.setdefault(node, f"c_{len(self.hoisted)}"), 10
+            return self._scalar(op, args)
+        operation = OPERATIONS[op]
+        if op in ("minimum", "maximum"):
+            return self._extreme(op, args), 10
+        if op == "where":
+            branches = [self._as(node.kind, a) for a in args[1:]]
+            if is_uniform(args[1]) and is_uniform(args[2]) and node.kind is Kind.REAL:
+                # Two Python numbers would give torch's default dtype; one full tensor fixes the score's.
+                branches[0] = f"torch.full_like(score, {branches[0]})" if "score" in self.real_dtype else branches[0]
+            return f"torch.where({self.emit(args[0])}, {', '.join(branches)})", 10
+        if op == "floor":
+            return f"torch.floor({self._as(Kind.REAL, args[0])}).to(torch.int64)", 10
+        if op in ("truncdiv", "truncmod"):
+            call = "torch.div" if op == "truncdiv" else "torch.fmod"
+            mode = ', rounding_mode="trunc"' if op == "truncdiv" else ""
+            return f"{call}({self.emit(args[0])}, {self.emit(args[1])}{mode})", 10
+        if not operation.symbol:
+            return f"{_TENSOR_CALLS[op]}({self._as(node.kind, args[0])})", 10
+        return self._infix(node, op, args)
+
+    def _infix(self, node: Node, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
+        operation = OPERATIONS[op]
+        wanted = node.kind
+        if op in COMPARISONS:
+            wanted = Kind.REAL if any(a.kind is Kind.REAL for a in args) else Kind.INT
+        level = operation.precedence
+        if operation.arity == 1:
+            if op == "not" and is_uniform(args[0]):
+                return f"(not {self.emit(args[0])})", 10
+            return f"{operation.symbol}{self._wrapped(args[0], wanted, level)}", level
+        if op in ("and", "or"):
+            return f" {operation.symbol} ".join(self.chain(node, op)), level
+        left = self._wrapped(args[0], wanted, level + 1 if op in COMPARISONS else level)
+        right = self._wrapped(args[1], wanted, level + 1)
+        return f"{left} {operation.symbol} {right}", level
+
+    def chain(self, node: Node, op: str) -> list[str]:
+        """The operands of a chain of one mask operator, each in parentheses unless atomic."""
+        if isinstance(node, Apply) and node.op == op:
+            return [operand for arg in node.args for operand in self.chain(arg, op)]
+        return [self._wrapped(node, Kind.BOOL, 8)]
+
+    def _wrapped(self, node: Node, kind: Kind, at_least: int) -> str:
+        if kind is Kind.REAL and node.kind is Kind.INT and not is_uniform(node):
+            return self._as(kind, node)
+        rendered, level = self._render(node)
+        return rendered if level >= at_least else f"({rendered})"
+
+    def _as(self, kind: Kind, node: Node) -> str:
+        """The node's text, converted where a real is wanted and an integer tensor comes."""
+        if kind is Kind.REAL and node.kind is Kind.INT and not is_uniform(node):
+            return f"{self._wrapped(node, Kind.INT, 10)}.to({self.real_dtype})"
+        return self.emit(node)
+
+    def _extreme(self, op: str, args: tuple[Node, ...]) -> str:
+        kind = Kind.REAL if any(a.kind is Kind.REAL for a in args) else Kind.INT
+        for number, tensor in (args, args[::-1]):
+            if is_uniform(number):
+                bound = "max" if op == "minimum" else "min"
+                return f"torch.clamp({self._as(kind, tensor)}, {bound}={self.emit(number)})"
+        return f"torch.{op}({', '.join(self._as(kind, a) for a in args)})"
+
+    def _scalar(self, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
+        operation = OPERATIONS[op]
+        shown = [self.emit(a) for a in args]
+        if op == "exp2":
+            return f"2.0 ** ({shown[0]})", 9
+        if op == "sigmoid":
+            return f"1 / (1 + math.exp(-({shown[0]})))", 7
+        if op == "where":
+            return f"({shown[1]} if {shown[0]} else {shown[2]})", 10
+        if op == "truncdiv":
+            return f"int({shown[0]} / {shown[1]})", 10
+        if op == "truncmod":
+            return f"int(math.fmod({shown[0]}, {shown[1]}))", 10
+        if not operation.symbol:
+            return f"{_SCALAR_CALLS[op]}({', '.join(shown)})", 10
+        if operation.arity == 1:
+            return f"({'not ' if op == 'not' else '-'}{self._wrapped(args[0], Kind.REAL, 9)})", 10
+        level = operation.precedence
+        left = self._wrapped(args[0], Kind.REAL, level + 1 if op in COMPARISONS else level)
+        return f"{left} {operation.symbol} {self._wrapped(args[1], Kind.REAL, level + 1)}", level
+
+
+def is_uniform(node: Node) -> bool:
+    """Whether the node is one number for the whole call: constants and sizes only."""
+    if isinstance(node, Load | Selected | Gate):
+        return False
+    if isinstance(node, Symbol):
+        return node.name in SIZE_SYMBOLS
+    return all(is_uniform(child) for child in node.children)

@@ -1,0 +1,68 @@
+"""flexsparse: attention patterns as Python expressions, lowered to fused kernels.
+
+Importing this package imports neither torch nor sympy; names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexsparse.compiler import BoundAttention, CompiledAttention, compile
+    from flexsparse.dense import dense_mask, reference
+    from flexsparse.errors import BackendNotice, FlexsparseError
+    from flexsparse.language import captured, pattern, per_head, topk
+    from flexsparse.parser import parse
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BackendNotice": "errors",
+    "BoundAttention": "compiler",
+    "CompiledAttention": "compiler",
+    "FlexsparseError": "errors",
+    "captured": "language",
+    "compile": "compiler",
+    "dense_mask": "dense",
+    "parse": "parser",
+    "pattern": "language",
+    "per_head": "language",
+    "reference": "dense",
+    "topk": "language",
+}
+_SUBMODULES = ("codegen", "errors", "language", "ops", "patterns")
+
+__all__ = [
+    "BackendNotice",
+    "BoundAttention",
+    "CompiledAttention",
+    "FlexsparseError",
+    "captured",
+    "compile",
+    "dense_mask",
+    "parse",
+    "pattern",
+    "per_head",
+    "reference",
+    "topk",
+]
+
+# In a checkout, patterns/ and codegen/ stand beside this folder, and symbolic links inside it lead to them.
+# Where links could not be checked out (Windows, some archives) the search path leads there instead.
+_root = pathlib.Path(__file__).resolve().parent.parent
+if not (pathlib.Path(__file__).parent / "patterns" / "__init__.py").exists() and (_root / "patterns").is_dir():
+    __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"flexsparse.{_HOME[name]}"), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"flexsparse.{name}")
+    raise AttributeError(f"module 'flexsparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_SUBMODULES})

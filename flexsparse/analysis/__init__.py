@@ -1,0 +1,1 @@
+"""What the compiler knows of a pattern: bounds of expressions on tiles, and the class of every tile."""

@@ -1,0 +1,284 @@
+"""Interval arithmetic on whole arrays of tiles: what an expression can be where q, kv lie in given ranges.
+
+Numbers are intervals [low, high]; masks are the pair (must hold everywhere, may hold somewhere). Every rule is
+sound: the true range lies inside. Captured tensors take part through range minima and maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Node, Symbol
+from flexsparse.ir.program import Selected
+
+_FAR = 1 << 40  # stands for an unbounded integer; products of two still fit int64 after clamping
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """For a number, its interval; for a mask, ``low`` is "holds everywhere" and ``high`` "may hold somewhere"."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """Ranges of the indices, as tensors that broadcast together; ``sizes`` are q_len, kv_len and heads."""
+
+    ranges: Mapping[str, Bounds]
+    sizes: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+    device: torch.device
+
+
+def bounds(node: Node, region: Region) -> Bounds:
+    """The bounds of a plain mask or number, or of a flattened mask, on every tile of the region."""
+    match node:
+        case Constant(value):
+            dtype = {Kind.BOOL: torch.bool, Kind.INT: torch.int64, Kind.REAL: torch.float64}[node.kind]
+            constant = torch.tensor(value, dtype=dtype, device=region.device)
+            return Bounds(constant, constant)
+        case Symbol(name) if name in region.ranges:
+            return region.ranges[name]
+        case Symbol("score"):
+            return _unbounded(region, Kind.REAL)
+        case Symbol(name):
+            size = torch.tensor(region.sizes[name], device=region.device)
+            return Bounds(size, size)
+        case Load(spec, index):
+            return load_bounds(region.tensors[spec.name], [bounds(i, region) for i in index], spec.kind)
+        case Selected(number):
+            return _selected(number, region)
+        case Apply(op, args):
+            parts = [bounds(a, region) for a in args]
+            if node.kind is Kind.REAL or any(a.kind is Kind.REAL for a in args):
+                parts = [p if a.kind is Kind.BOOL else _as_real(p) for p, a in zip(parts, args, strict=True)]
+            return _RULES[op](*parts)
+    raise AssertionError(f"no bounds for {type(node).__name__}")
+
+
+def _as_real(x: Bounds) -> Bounds:
+    return Bounds(x.low.double(), x.high.double())
+
+
+def _unbounded(region: Region, kind: Kind) -> Bounds:
+    far = float("inf") if kind is Kind.REAL else _FAR
+    return Bounds(torch.tensor(-far, device=region.device), torch.tensor(far, device=region.device))
+
+
+def _selected(number: int, region: Region) -> Bounds:
+    """birth <= q < death, of the key kv in the row and head at hand."""
+    group = region.tensors[f"group_{number}"]
+    heads = region.ranges["h"]
+    index = [region.ranges["b"], Bounds(heads.low // group, heads.high // group), region.ranges["kv"]]
+    birth = load_bounds(region.tensors[f"birth_{number}"], index, Kind.INT)
+    death = load_bounds(region.tensors[f"death_{number}"], index, Kind.INT)
+    q = region.ranges["q"]
+    return _and(_less_equal(birth, q), _less(q, death))
+
+
+def load_bounds(tensor: Tensor, index: list[Bounds], kind: Kind) -> Bounds:
+    """The range of a tensor's values over the ranges of its indices; indices are clamped into the tensor."""
+    if kind is Kind.BOOL:
+        as_int = load_bounds(tensor.to(torch.uint8), index, Kind.INT)
+        return Bounds(as_int.low > 0, as_int.high > 0)
+    values = tensor.detach().double() if kind is Kind.REAL else tensor
+    clamped = [Bounds(i.low.clamp(0, n - 1), i.high.clamp(0, n - 1)) for i, n in zip(index, tensor.shape, strict=True)]
+    wide = [d for d, i in enumerate(clamped) if not torch.equal(*torch.broadcast_tensors(i.low, i.high))]
+    if not wide:
+        exact = values[tuple(i.low for i in clamped)]
+        return _widened(exact, exact, kind)
+    if len(wide) > 1:
+        return _widened(values.min(), values.max(), kind)
+    return _range_extremes(values, clamped, wide[0], kind)
+
+
+def _range_extremes(values: Tensor, index: list[Bounds], dim: int, kind: Kind) -> Bounds:
+    """Minima and maxima over [low, high] along one dimension, from two overlapping power-of-two windows."""
+    spans = index[dim].high - index[dim].low + 1
+    levels = torch.log2(spans.double()).floor().long()
+    # log2 of an exact power of two is exact, and below 2^53 it cannot round up to the next integer.
+    low_of: list[Tensor] = [values]
+    high_of: list[Tensor] = [values]
+    for level in range(int(levels.max())):
+        width = 1 << level
+        low_of.append(_pairs(low_of[-1], dim, width, torch.minimum))
+        high_of.append(_pairs(high_of[-1], dim, width, torch.maximum))
+    others = [i.low for i in index]
+    low, high = None, None
+    for level in levels.unique().tolist():
+        starts = (index[dim].low, (index[dim].high - (1 << level) + 1).clamp(min=0))
+        here = [[*others[:dim], start, *others[dim + 1 :]] for start in starts]
+        lows = torch.minimum(*(low_of[level][tuple(at)] for at in here))
+        highs = torch.maximum(*(high_of[level][tuple(at)] for at in here))
+        low = lows if low is None else torch.where(levels == level, lows, low)
+        high = highs if high is None else torch.where(levels == level, highs, high)
+    assert low is not None and high is not None
+    return _widened(low, high, kind)
+
+
+def _pairs(values: Tensor, dim: int, width: int, extreme: Callable[..., Tensor]) -> Tensor:
+    """Entry i becomes the extreme over twice the window that it covered; the tail keeps what it has."""
+    size = values.shape[dim]
+    if width >= size:
+        return values
+    head = extreme(values.narrow(dim, 0, size - width), values.narrow(dim, width, size - width))
+    return torch.cat((head, values.narrow(dim, size - width, width)), dim)
+
+
+def _widened(low: Tensor, high: Tensor, kind: Kind) -> Bounds:
+    dtype = torch.float64 if kind is Kind.REAL else torch.int64
+    low, high = low.to(dtype), high.to(dtype)
+    if kind is Kind.REAL:
+        # NaN compares false with everything, which no interval expresses: such a tile is undecided.
+        low, high = torch.nan_to_num(low, nan=-torch.inf), torch.nan_to_num(high, nan=torch.inf)
+    return Bounds(low, high)
+
+
+def _and(a: Bounds, b: Bounds) -> Bounds:
+    return Bounds(a.low & b.low, a.high & b.high)
+
+
+def _or(a: Bounds, b: Bounds) -> Bounds:
+    return Bounds(a.low | b.low, a.high | b.high)
+
+
+def _not(a: Bounds) -> Bounds:
+    return Bounds(~a.high, ~a.low)
+
+
+def _xor(a: Bounds, b: Bounds) -> Bounds:
+    return _or(_and(a, _not(b)), _and(_not(a), b))
+
+
+def _less(a: Bounds, b: Bounds) -> Bounds:
+    return Bounds(a.high < b.low, a.low < b.high)
+
+
+def _less_equal(a: Bounds, b: Bounds) -> Bounds:
+    return Bounds(a.high <= b.low, a.low <= b.high)
+
+
+def _equal(a: Bounds, b: Bounds) -> Bounds:
+    same = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
+    return Bounds(same, (a.low <= b.high) & (b.low <= a.high))
+
+
+def _hull(candidates: list[Tensor]) -> Bounds:
+    """From the least to the greatest candidate; NaN (0 times infinity, say) widens to everything."""
+    stacked = torch.stack(torch.broadcast_tensors(*candidates))
+    low, high = stacked.amin(0), stacked.amax(0)
+    if stacked.is_floating_point():
+        unclear = torch.isnan(stacked).any(0)
+        return Bounds(low.masked_fill(unclear, -torch.inf), high.masked_fill(unclear, torch.inf))
+    return Bounds(low.clamp(-_FAR, _FAR), high.clamp(-_FAR, _FAR))
+
+
+def _mul(a: Bounds, b: Bounds) -> Bounds:
+    if not a.low.is_floating_point():
+        # Unbounded integers are clamped so that products cannot wrap.
+        near = [x.clamp(-(1 << 31), 1 << 31) for x in (a.low, a.high, b.low, b.high)]
+        if not all(torch.equal(x, y) for x, y in zip(near, (a.low, a.high, b.low, b.high), strict=True)):
+            far = torch.full_like(a.low * b.low, _FAR)
+            return Bounds(-far, far)
+    return _hull([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
+
+
+def _crosses_zero(b: Bounds) -> Tensor:
+    return (b.low <= 0) & (b.high >= 0)
+
+
+def _quotient(rounding: str | None) -> Callable[[Bounds, Bounds], Bounds]:
+    def rule(a: Bounds, b: Bounds) -> Bounds:
+        zero = _crosses_zero(b)
+        safe = Bounds(torch.where(zero, 1, b.low), torch.where(zero, 1, b.high))
+        corners = [torch.div(x, y, rounding_mode=rounding) for x in (a.low, a.high) for y in (safe.low, safe.high)]
+        result = _hull(corners)
+        far = torch.inf if result.low.is_floating_point() else _FAR
+        return Bounds(torch.where(zero, -far, result.low), torch.where(zero, far, result.high))
+
+    return rule
+
+
+def _mod(a: Bounds, b: Bounds) -> Bounds:
+    """Floor remainder: exact inside one period of a constant divisor, else between 0 and the divisor."""
+    constant = (b.low == b.high) & (b.low != 0)
+    divisor = torch.where(constant, b.low, 1)
+    one_period = constant & (
+        torch.div(a.low, divisor, rounding_mode="floor") == torch.div(a.high, divisor, rounding_mode="floor")
+    )
+    inside = (torch.remainder(a.low, divisor), torch.remainder(a.high, divisor))
+    low, high = (b.low + 1).clamp(max=0), (b.high - 1).clamp(min=0)
+    exact_low, exact_high = torch.minimum(*inside), torch.maximum(*inside)
+    return Bounds(torch.where(one_period, exact_low, low), torch.where(one_period, exact_high, high))
+
+
+def _truncmod(a: Bounds, b: Bounds) -> Bounds:
+    """The remainder has the sign of the dividend and is smaller than the divisor and no larger than the dividend."""
+    size = torch.maximum(b.low.abs(), b.high.abs()) - 1
+    return Bounds(torch.maximum(a.low.clamp(max=0), -size), torch.minimum(a.high.clamp(min=0), size))
+
+
+def _abs(a: Bounds) -> Bounds:
+    least = torch.where(_crosses_zero(a), torch.zeros_like(a.low), torch.minimum(a.low.abs(), a.high.abs()))
+    return Bounds(least, torch.maximum(a.low.abs(), a.high.abs()))
+
+
+def _where(c: Bounds, a: Bounds, b: Bounds) -> Bounds:
+    if a.low.dtype != b.low.dtype:
+        a, b = _as_real(a), _as_real(b)
+    low = torch.where(c.low, a.low, torch.where(c.high, torch.minimum(a.low, b.low), b.low))
+    high = torch.where(c.low, a.high, torch.where(c.high, torch.maximum(a.high, b.high), b.high))
+    return Bounds(low, high)
+
+
+def _rising(function: Callable[[Tensor], Tensor], *, slack: float = 1e-6) -> Callable[[Bounds], Bounds]:
+    """A function that never falls, widened by more than float32 evaluation can differ."""
+
+    def rule(a: Bounds) -> Bounds:
+        low, high = function(a.low), function(a.high)
+        low = torch.nan_to_num(low - slack * (1 + low.abs()), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        high = torch.nan_to_num(high + slack * (1 + high.abs()), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return Bounds(low, high)
+
+    return rule
+
+
+def _floor(a: Bounds) -> Bounds:
+    near = [x.clamp(-float(_FAR), float(_FAR)).floor().long() for x in (a.low, a.high)]
+    return Bounds(*near)
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "and": _and,
+    "or": _or,
+    "not": _not,
+    "xor": _xor,
+    "eq": _equal,
+    "ne": lambda a, b: _not(_equal(a, b)),
+    "lt": _less,
+    "le": _less_equal,
+    "gt": lambda a, b: _less(b, a),
+    "ge": lambda a, b: _less_equal(b, a),
+    "add": lambda a, b: Bounds(a.low + b.low, a.high + b.high),
+    "sub": lambda a, b: Bounds(a.low - b.high, a.high - b.low),
+    "mul": _mul,
+    "div": _quotient(None),
+    "floordiv": _quotient("floor"),
+    "truncdiv": _quotient("trunc"),
+    "mod": _mod,
+    "truncmod": _truncmod,
+    "neg": lambda a: Bounds(-a.high, -a.low),
+    "abs": _abs,
+    "minimum": lambda a, b: Bounds(torch.minimum(a.low, b.low), torch.minimum(a.high, b.high)),
+    "maximum": lambda a, b: Bounds(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
+    "where": _where,
+    **{name: _rising(getattr(torch, name)) for name in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "sigmoid")},
+    "floor": _floor,
+}

@@ -1,0 +1,270 @@
+"""``compile``: from a pattern to an object that computes attention and shows how."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from flexsparse.dense import reference
+from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
+from flexsparse.explanation import Explanation
+from flexsparse.expression import Expression, Pattern
+from flexsparse.ir.program import Program
+from flexsparse.parser import parse
+from flexsparse.pipeline import Bound, bind_call, bind_shapes, compile_pattern
+from flexsparse.plan import Plan, learnable_names
+from flexsparse.runtime.chunked import Work, attend_chunked
+from flexsparse.runtime.flex import Launcher, attend_flex
+from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of
+from flexsparse.settings import Settings
+
+STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "plan")
+
+
+def compile(
+    pattern: Pattern | str,
+    *,
+    backend: str = "auto",
+    fallback: str | None = None,
+    deterministic: bool | None = None,
+    block_size: int = 128,
+    kernel_options: Mapping[str, Any] | None = None,
+) -> CompiledAttention:
+    """Compile an attention pattern, given as an expression or as text. Touches no device and no shape.
+
+    ``backend``: "auto" takes compiled FlexAttention on CUDA and the chunked path on CPU; or "flex", "flex_eager"
+    (uncompiled and dense, for debugging), "chunked", "reference". Nothing else is ever used in place of it, unless
+    ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a warning.
+    ``deterministic``: how captured tensors and scores get gradients on CUDA. True recomputes all of them in a
+    fixed order; False leaves all to FlexAttention, which adds with atomics; None recomputes those of learnable
+    tensors and leaves those of selection scores. ``block_size`` is the tile size of the block mask, in tokens.
+    ``kernel_options`` go to flex_attention.
+    Raises ParseError, ExpressionError, CapturedError or SettingError.
+    """
+    expression = parse(pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(expression, Expression):
+        raise ExpressionError("pattern", got=type(pattern).__name__, expected="a pattern or its text")
+    options = tuple(sorted((kernel_options or {}).items()))
+    settings = Settings(backend, fallback, deterministic, block_size, options)
+    return CompiledAttention(expression, settings)
+
+
+@dataclass(frozen=True)
+class BoundAttention:
+    """A compiled pattern with shapes: the plan, without tensors."""
+
+    attention: CompiledAttention
+    plan: Plan
+
+    def explain(self) -> Explanation:
+        """The plan with its candidates and reasons; ``str()`` of it is the text."""
+        return Explanation(str(self.attention.pattern), self.attention.ir, self.plan)
+
+
+class CompiledAttention:
+    """Attention under a pattern. Call it like ``scaled_dot_product_attention``, with captured tensors by keyword."""
+
+    def __init__(self, expression: Expression, settings: Settings) -> None:
+        self._compiled = compile_pattern(expression.node)
+        self._expression = expression
+        self._settings = settings
+        self._bound: BoundAttention | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        """The expression that was compiled."""
+        assert isinstance(self._expression, Pattern)
+        return self._expression
+
+    @property
+    def ir(self) -> Program:
+        """The verified program; ``str()`` of it is its text."""
+        return self._compiled.program
+
+    @property
+    def source(self) -> str:
+        """The generated module with ``mask_mod`` and ``score_mod``."""
+        return self._compiled.generated.source
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call or ``bind``. Raises NotBoundError before the first."""
+        return self._last().plan
+
+    def __repr__(self) -> str:
+        return f"flexsparse.compile({str(self._expression)!r}, backend={self._settings.backend!r})"
+
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = ...,
+        return_lse: Literal[False] = ...,
+        q_offset: int = ...,
+        validate: bool = ...,
+        **captured: Tensor | None,
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = ...,
+        return_lse: Literal[True],
+        q_offset: int = ...,
+        validate: bool = ...,
+        **captured: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        q_offset: int = 0,
+        validate: bool = True,
+        **captured: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] (natural log, float32) with ``return_lse``.
+
+        query [B, H, S_q, D]; key [B, H_kv, S_kv, D], value [B, H_kv, S_kv, D_v], H_kv dividing H; one dtype and
+        device. ``scale`` defaults to 1 / sqrt(D). Scores of a selection are [B, 1 or H_kv or H, S_kv], float32 at
+        best; captured tensors as the pattern declares them. ``q_offset`` is the position of query 0.
+        ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
+        synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
+        key gives out 0, lse -inf and gradients 0.
+        Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
+        """
+        shapes = shapes_of(query, key, value, q_offset)
+        inputs = [query, key, value, *(t for t in captured.values() if isinstance(t, Tensor))]
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        shapes = replace(shapes, needs_grad=needs_grad)
+        factor = check_scale(scale, shapes.head_dim)
+        compiled = compile_pattern(self._expression.node, q_offset != 0)
+        try:
+            bound = bind_call(compiled, shapes, captured, self._settings, validate=validate)
+            self._bound = BoundAttention(self, bound.plan)
+            self._announce(bound.plan)
+            if bound.plan.backend != "reference":
+                out, lse = self._run(bound, factor, (query, key, value), return_lse)
+                return (out, lse) if return_lse else out
+        except BackendError as error:
+            if self._settings.fallback is None:
+                raise
+            warnings.warn(f"Running the dense reference instead: {error}", BackendNotice, stacklevel=2)
+        given = {name: tensor for name, tensor in captured.items() if tensor is not None}
+        return reference(
+            self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given
+        )
+
+    def bind(
+        self,
+        *,
+        q_len: int,
+        head_dim: int,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        kv_len: int | None = None,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        q_offset: int = 0,
+        needs_grad: bool = False,
+    ) -> BoundAttention:
+        """The plan for shapes, dtype and device; no tensor is made and no device is touched.
+
+        Raises BackendError or DeviceError where the chosen backend cannot run such a call.
+        """
+        shapes = Shapes(
+            batch,
+            heads,
+            heads if kv_heads is None else kv_heads,
+            q_len,
+            q_len if kv_len is None else kv_len,
+            head_dim,
+            head_dim if value_dim is None else value_dim,
+            dtype,
+            torch.device(device),
+            q_offset,
+            needs_grad,
+        )
+        self._bound = BoundAttention(self, bind_shapes(self._compiled, shapes, self._settings))
+        return self._bound
+
+    def explain(self, **shapes: Any) -> Explanation:
+        """What runs and why, for the last call, or for shapes as ``bind`` takes them."""
+        return (self.bind(**shapes) if shapes else self._last()).explain()
+
+    def code(self, stage: str) -> str:
+        """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod" or "plan"."""
+        if stage not in STAGES:
+            hint = did_you_mean(str(stage), STAGES)
+            raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
+        if stage == "expr":
+            return str(self._expression)
+        if stage == "ir":
+            return str(self.ir)
+        if stage == "plan":
+            return str(self.explain())
+        if stage == "source":
+            return self.source
+        return self._compiled.generated.function_source(stage)
+
+    def _last(self) -> BoundAttention:
+        if self._bound is None:
+            raise NotBoundError(
+                "plan",
+                got="a compiled pattern that has met no shapes",
+                expected="a call, or bind(q_len=..., head_dim=..., ...)",
+                mend="Call it once, or pass shapes: explain(q_len=4096, head_dim=64, heads=8).",
+            )
+        return self._bound
+
+    def _announce(self, plan: Plan) -> None:
+        if self._settings.backend == "auto" and plan.backend == "chunked":
+            _say_once(
+                "flexsparse runs its exact chunked path on CPU, where FlexAttention cannot train. "
+                "Pass backend='chunked' to choose it without this notice."
+            )
+
+    def _run(
+        self, bound: Bound, scale: float, operands: tuple[Tensor, Tensor, Tensor], return_lse: bool
+    ) -> tuple[Tensor, Any]:
+        offset = bound.plan.shapes.q_offset != 0
+        generated = compile_pattern(self._expression.node, offset).generated
+        values = {name: bound.buffers[name] for name in generated.arguments}
+        names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
+        constants = {name: value for name, value in values.items() if name not in names}
+        tensors = tuple(values[name] for name in names)
+        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build)
+        if bound.plan.backend == "chunked":
+            return attend_chunked(work, *operands, tensors)
+        learnable = learnable_names(self.ir)
+        deterministic = self._settings.deterministic
+        recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in names)
+        launcher = _launcher(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
+        return attend_flex(work, launcher, operands, tensors, recomputed, needs_lse=return_lse)
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(pattern: Any, settings: Settings, offset: bool, compiled: bool) -> Launcher:
+    return Launcher(compiled, dict(settings.kernel_options) or None)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, BackendNotice, stacklevel=5)

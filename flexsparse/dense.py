@@ -1,0 +1,305 @@
+"""The dense oracle: any pattern evaluated element by element in float64, straight from its expression.
+
+It shares nothing with the lowering beyond the expression nodes: it walks the pattern itself, solves every
+prefix by sorting, and materialises every score. Use it at small sizes, to judge everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import CapturedError
+from flexsparse.expression import Pattern
+from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Named, Node, PerHead, Scored, SelectionNode, Symbol
+from flexsparse.parser import parse
+
+# The meaning of every operation on tensors, by Python's rules for integers.
+_MEANING: dict[str, Callable[..., Tensor]] = {
+    **{op: getattr(torch, op) for op in ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "neg")},
+    **{op: getattr(torch, op) for op in ("minimum", "maximum", "abs", "where", "exp", "exp2", "log", "log2")},
+    **{op: getattr(torch, op) for op in ("sqrt", "tanh", "sigmoid")},
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "xor": torch.logical_xor,
+    "not": torch.logical_not,
+    "div": torch.true_divide,
+    "floordiv": torch.floor_divide,
+    "mod": torch.remainder,
+    "truncdiv": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "truncmod": torch.fmod,
+    "floor": lambda x: torch.floor(x).long(),
+}
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A pattern at every (b, h, q, kv): its mask, what it does to a score, and its gates."""
+
+    mask: Tensor
+    score: Callable[[Tensor], Tensor]
+    gate_k: Tensor
+    gate_v: Tensor
+    gate_logit: Tensor
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+    q_offset: int
+    device: torch.device
+
+    def grid(self, name: str) -> Tensor:
+        """An index symbol, as a tensor that broadcasts to [B, H, S_q, S_kv]."""
+        shape = {"b": (-1, 1, 1, 1), "h": (1, -1, 1, 1), "q": (1, 1, -1, 1), "kv": (1, 1, 1, -1)}[name]
+        length = {"b": self.batch, "h": self.heads, "q": self.q_len, "kv": self.kv_len}[name]
+        values = torch.arange(length, device=self.device).reshape(shape)
+        return values + self.q_offset if name == "q" else values
+
+
+def reference(
+    pattern: Pattern | str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    q_offset: int = 0,
+    **captured: Tensor,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention under ``pattern``, dense, computed in float64 and returned in query's dtype.
+
+    query [B, H, S_q, D], key and value [B, H_kv, S_kv, D]; captured tensors and scores by keyword, shaped as for
+    the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32 (float64 for float64) if
+    asked for. Differentiable, to any order, in every floating-point input. A row that sees no key gives out 0
+    and lse -inf. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
+    """
+    expression = parse(pattern) if isinstance(pattern, str) else pattern
+    groups = query.shape[1] // key.shape[1]
+    wide_query, wide_key, wide_value = query.double(), key.double(), value.double()
+    wide_key, wide_value = (x.repeat_interleave(groups, 1) for x in (wide_key, wide_value))
+    sizes = _Sizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], q_offset, query.device)
+    dense = _Evaluator(sizes, captured).pattern(expression.node)
+    scores = wide_query @ wide_key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = dense.score(scores * dense.gate_k)
+    # The logarithm is taken where it counts, so that a gate of 0 elsewhere gives no NaN gradient.
+    seen = dense.mask.expand_as(scores)
+    scores = scores + torch.where(seen, dense.gate_logit, 1.0).log()
+    # Hidden scores never reach the exponential, so they cannot turn into NaN there; an empty row has weight 0.
+    visible = torch.where(seen, scores, -torch.inf)
+    top = visible.detach().amax(-1, keepdim=True)
+    top = torch.where(torch.isneginf(top), 0.0, top)
+    exponential = torch.where(seen, torch.exp(torch.where(seen, scores - top, 0.0)), 0.0)
+    total = exponential.sum(-1, keepdim=True)
+    empty = ~seen.any(-1, keepdim=True)
+    weights = exponential / torch.where(empty, 1.0, total) * dense.gate_v
+    out = (weights @ wide_value).to(query.dtype)
+    if not return_lse:
+        return out
+    lse = torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + top).squeeze(-1)
+    return out, lse.to(torch.float64 if query.dtype is torch.float64 else torch.float32)
+
+
+def dense_mask(
+    pattern: Pattern | str,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    q_offset: int = 0,
+    device: torch.device | str = "cpu",
+    **captured: Tensor,
+) -> Tensor:
+    """Which keys each query sees, as booleans [B, H, S_q, S_kv]."""
+    expression = parse(pattern) if isinstance(pattern, str) else pattern
+    kv_len = q_len if kv_len is None else kv_len
+    sizes = _Sizes(batch, heads, q_len, kv_len, q_offset, torch.device(device))
+    return _Evaluator(sizes, captured).pattern(expression.node).mask.expand(batch, heads, q_len, kv_len)
+
+
+class _Evaluator:
+    def __init__(self, sizes: _Sizes, captured: Mapping[str, Tensor]) -> None:
+        self.sizes = sizes
+        self.captured = captured
+        self.one = torch.ones((), dtype=torch.float64, device=sizes.device)
+
+    def pattern(self, node: Node) -> _Dense:
+        match node:
+            case Named():
+                return self.pattern(node.body)
+            case SelectionNode():
+                return self.selection(node)
+            case Scored(inner, expression):
+                base = self.pattern(inner)
+                return _Dense(
+                    base.mask,
+                    lambda s: self.number(expression, base.score(s), torch.float64),
+                    base.gate_k,
+                    base.gate_v,
+                    base.gate_logit,
+                )
+            case Apply("and" | "or", (left, right)):
+                combine = self.both if node.op == "and" else self.either
+                return combine(self.pattern(left), self.pattern(right))
+            case PerHead(entries) if node.kind is Kind.BOOL:
+                return self.per_head([self.pattern(e) for e in entries])
+        return _Dense(self.mask(node), lambda s: s, self.one, self.one, self.one)
+
+    def both(self, left: _Dense, right: _Dense) -> _Dense:
+        return _Dense(
+            left.mask & right.mask,
+            lambda s: right.score(left.score(s)),
+            left.gate_k * right.gate_k,
+            left.gate_v * right.gate_v,
+            left.gate_logit * right.gate_logit,
+        )
+
+    def either(self, left: _Dense, right: _Dense) -> _Dense:
+        def larger(mine: Tensor, other: Tensor) -> Tensor:
+            both = torch.where(mine >= other, mine, other)
+            return torch.where(left.mask & right.mask, both, torch.where(left.mask, mine, other))
+
+        return _Dense(
+            left.mask | right.mask,
+            lambda s: torch.where(left.mask, left.score(s), right.score(s)),
+            larger(left.gate_k, right.gate_k),
+            larger(left.gate_v, right.gate_v),
+            larger(left.gate_logit, right.gate_logit),
+        )
+
+    def per_head(self, entries: list[_Dense]) -> _Dense:
+        chosen = self.sizes.grid("h") * len(entries) // self.sizes.heads
+
+        def pick(values: list[Tensor]) -> Tensor:
+            result = values[-1]
+            for position, value in enumerate(values[:-1]):
+                result = torch.where(chosen == position, value, result)
+            return result
+
+        return _Dense(
+            pick([e.mask for e in entries]),
+            lambda s: pick([e.score(s) for e in entries]),
+            pick([e.gate_k for e in entries]),
+            pick([e.gate_v for e in entries]),
+            pick([e.gate_logit for e in entries]),
+        )
+
+    def mask(self, node: Node) -> Tensor:
+        # Reals inside a mask are float32 by definition, on every backend.
+        return self.number(node, None, torch.float32)
+
+    def number(self, node: Node, running: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The value of a plain mask or a number at every (b, h, q, kv)."""
+        match node:
+            case Constant(value):
+                kind = {Kind.BOOL: torch.bool, Kind.INT: torch.int64, Kind.REAL: dtype}[node.kind]
+                return torch.tensor(value, dtype=kind, device=self.sizes.device)
+            case Symbol("score"):
+                assert running is not None
+                return running
+            case Symbol(("b" | "h" | "q" | "kv") as name):
+                return self.sizes.grid(name)
+            case Symbol(name):
+                size = self.sizes.heads if name == "heads" else getattr(self.sizes, name)
+                return torch.tensor(size, device=self.sizes.device)
+            case Named(_, _, body):
+                return self.number(body, running, dtype)
+            case Load(spec, index):
+                tensor = self.tensor(spec.name)
+                if spec.encoding == "boundaries":
+                    positions = torch.arange(max(self.sizes.kv_len, self.sizes.q_len), device=tensor.device)
+                    tensor = (positions[:, None] >= tensor[None, 1:]).sum(1)
+                while tensor.dim() < len(spec.dims):
+                    tensor = tensor.unsqueeze(0)
+                parts = [self.number(i, None, dtype) for i in index]
+                at = tuple(p.clamp(max=n - 1) if n == 1 else p for p, n in zip(parts, tensor.shape, strict=True))
+                loaded = tensor[at]
+                return loaded.to(dtype) if spec.kind is Kind.REAL else loaded
+            case PerHead(entries):
+                chosen = self.sizes.grid("h") * len(entries) // self.sizes.heads
+                values = [self.number(e, running, dtype) for e in entries]
+                result = values[-1]
+                for position, value in enumerate(values[:-1]):
+                    result = torch.where(chosen == position, value, result)
+                return result
+            case Apply(op, args):
+                values = [self.number(a, running, dtype) for a in args]
+                if node.kind is Kind.REAL or any(a.kind is Kind.REAL for a in args):
+                    values = [v if v.dtype is torch.bool else v.to(dtype) for v in values]
+                return _MEANING[op](*values)
+        raise AssertionError(f"no meaning for {type(node).__name__}")
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.captured:
+            raise CapturedError(name, got="nothing", expected="a tensor", mend=f"Pass {name}=... to the call.")
+        return self.captured[name]
+
+    def selection(self, node: SelectionNode) -> _Dense:
+        scores = self.tensor(node.scores).double()
+        scores = scores.repeat_interleave(self.sizes.heads // scores.shape[1], 1)
+        q, kv = self.sizes.grid("q"), self.sizes.grid("kv")
+        candidate = kv <= q - node.after
+        if node.segments is not None:
+            ids = self.tensor(node.segments)
+            ids = ids.reshape(-1, 1, ids.shape[-1])
+            candidate = candidate & (ids[:, :, q.flatten(), None] == ids[:, :, None, :])
+        z = torch.where(candidate, scores.unsqueeze(2), -torch.inf)
+        m = _sorted_gates(z, node.k)
+        # A stable descending sort puts the earlier key first on ties.
+        order = z.sort(dim=-1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order[..., : node.k], True) & (z > -torch.inf)
+        if node.gate == "ste":
+            m = 1 + (m - m.detach())
+        on_k = m if node.gate in ("kv", "k", "ste") else self.one
+        on_v = m if node.gate in ("kv", "v", "ste") else self.one
+        return _Dense(chosen, lambda s: s, on_k, on_v, m if node.gate == "logit" else self.one)
+
+
+def _sorted_gates(z: Tensor, k: int) -> Tensor:
+    """SPARSEK gates along the last dimension, by sorting; exact gradients from autograd. z float64."""
+    with torch.no_grad():
+        count = (z > -torch.inf).sum(-1, keepdim=True)
+        infinite = z == torch.inf
+        budget = k - infinite.sum(-1, keepdim=True)
+        finite = torch.isfinite(z)
+        safe = torch.where(finite, z, 0.0)
+        events = torch.cat((safe, safe - 1), -1)
+        sign = torch.cat((finite.double(), -finite.double()), -1)
+        events, order = torch.where(sign != 0, events, -torch.inf).sort(dim=-1, descending=True)
+        sign = sign.gather(-1, order)
+        heights = torch.where(torch.isfinite(events), events, 0.0)
+        # Sums relative to the largest event keep their digits.
+        relative = heights - heights[..., :1]
+        sums, moments = sign.cumsum(-1), (sign * relative).cumsum(-1)
+        reached = moments - sums * relative
+        # Rounding of a sum must not decide whether a kink is met.
+        inside = (reached <= budget + 1e-9) & (sign != 0)
+        last = inside.sum(-1, keepdim=True) - 1
+        weight, moment = sums.gather(-1, last.clamp(min=0)), moments.gather(-1, last.clamp(min=0))
+        tau = (moment - budget) / weight.clamp(min=1) + heights[..., :1]
+        upper = heights.gather(-1, last.clamp(min=0))
+        tau = torch.where((tau - upper).abs() < 1e-12, upper, tau)
+        everything = (count <= k) | (weight == 0)
+        unsaturated = finite & (safe > tau + 1e-12) & (safe - 1 < tau - 1e-12) & ~everything & (last >= 0)
+        saturated = finite & ~unsaturated & ((safe - 1 >= tau - 1e-12) | everything) & (everything | (last >= 0))
+        first = infinite & (infinite.cumsum(-1) <= k)
+        n = unsaturated.sum(-1, keepdim=True).clamp(min=1)
+        whole = (saturated.sum(-1, keepdim=True) + infinite.sum(-1, keepdim=True)).double()
+    free = torch.where(unsaturated, _finite_scores(z), 0.0)
+    exact_tau = (free.sum(-1, keepdim=True) - (k - whole)) / n
+    gates = torch.where(unsaturated, _finite_scores(z) - exact_tau, (saturated | first).double())
+    return torch.where(torch.isnan(z).any(-1, keepdim=True), torch.nan, gates)
+
+
+def _finite_scores(z: Tensor) -> Tensor:
+    """The scores with 0 for infinities, whose gradient is 0."""
+    return torch.where(torch.isfinite(z), z, 0.0)

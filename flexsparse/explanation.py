@@ -1,0 +1,79 @@
+"""The plan in words, as text and as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flexsparse.ir.program import Program
+from flexsparse.plan import Plan, TileCounts
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` gives: ``str()`` for people, ``as_dict()`` for programs."""
+
+    pattern: str
+    program: Program
+    plan: Plan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        shapes, tiles = self.plan.shapes, self.plan.tiles
+        return {
+            "pattern": self.pattern,
+            "backend": self.plan.backend,
+            "shapes": {
+                **{name: getattr(shapes, name) for name in _SHAPE_NAMES},
+                "dtype": str(shapes.dtype).removeprefix("torch."),
+                "device": str(shapes.device),
+            },
+            "tiles": None if tiles is None else _tiles_dict(tiles),
+            "mask": {"rows": self.plan.mask_rows, "heads": self.plan.mask_heads},
+            "flex_calls": self.plan.calls if self.plan.backend.startswith("flex") else 0,
+            "forward_flops": self.plan.flops,
+            "candidates": [
+                {"backend": c.backend, "can_run": c.verdict.holds, "reason": c.verdict.reason}
+                for c in self.plan.candidates
+            ],
+            "notes": list(self.plan.notes),
+        }
+
+    def __str__(self) -> str:
+        shapes, tiles = self.plan.shapes, self.plan.tiles
+        dtype = str(shapes.dtype).removeprefix("torch.")
+        lines = [
+            f"pattern   {self.pattern}",
+            f"shapes    query [{shapes.batch}, {shapes.heads}, {shapes.q_len}, {shapes.head_dim}], "
+            f"key [{shapes.batch}, {shapes.kv_heads}, {shapes.kv_len}, {shapes.head_dim}], {dtype}, {shapes.device}"
+            + (", with gradients" if shapes.needs_grad else ""),
+            f"backend   {self.plan.backend}",
+        ]
+        for candidate in self.plan.candidates:
+            mark = ">" if candidate.backend == self.plan.backend else " "
+            state = "can run" if candidate.verdict.holds else "cannot run"
+            lines.append(f"        {mark} {candidate.backend:<11} {state}: {candidate.verdict.reason}")
+        if tiles is None:
+            lines.append("tiles     known at the call, from captured tensors and scores")
+        else:
+            lines.append(
+                f"tiles     {tiles.total:,} of {tiles.block} x {tiles.block}: {tiles.full:,} full, "
+                f"{tiles.partial:,} partial, {tiles.empty:,} empty ({tiles.density:.1%} computed)"
+            )
+            lines.append(f"work      {self.plan.flops or 0:.3g} floating-point operations forward, in whole tiles")
+        lines.append(f"mask      {self.plan.mask_rows} row(s) x {self.plan.mask_heads} head(s)")
+        lines += [f"note      {note}" for note in self.plan.notes]
+        return "\n".join(lines)
+
+
+_SHAPE_NAMES = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim", "q_offset", "needs_grad")
+
+
+def _tiles_dict(tiles: TileCounts) -> dict[str, Any]:
+    return {
+        "block": tiles.block,
+        "full": tiles.full,
+        "partial": tiles.partial,
+        "empty": tiles.empty,
+        "density": tiles.density,
+    }

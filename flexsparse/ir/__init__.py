@@ -1,0 +1,1 @@
+"""The intermediate representation: typed nodes, their text, the flattened program, its rules and its verifier."""

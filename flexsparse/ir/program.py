@@ -1,0 +1,109 @@
+"""The flattened program: one mask, one score and three gates over indices, tensors and selections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flexsparse.ir.nodes import Kind, Node, SelectionNode, Symbol, TensorSpec
+from flexsparse.ir.text import call_text, selection_arguments, text
+
+
+@dataclass(frozen=True)
+class Selected(Node):
+    """Whether selection ``number`` holds key kv for query q."""
+
+    number: int
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+
+@dataclass(frozen=True)
+class Gate(Node):
+    """The soft gate m = clip(u[kv] - tau[q], 0, 1) of selection ``number``.
+
+    ``straight_through`` asks for 1 in the forward pass with the gradient of m in the backward pass.
+    """
+
+    number: int
+    straight_through: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.REAL
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the lowerings read. Gates are REAL expressions, the constant 1 where nothing gates.
+
+    The final score of a key is ``score`` evaluated with ``scale * (q . k) * gate_k`` as its running score,
+    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``.
+    """
+
+    mask: Node
+    score: Node
+    gate_k: Node
+    gate_v: Node
+    gate_logit: Node
+    selections: tuple[SelectionNode, ...]
+    tensors: tuple[TensorSpec, ...]
+    tables: tuple[tuple[int | float, ...], ...] = ()
+
+    @property
+    def expressions(self) -> dict[str, Node]:
+        return {name: getattr(self, name) for name in ("mask", "score", "gate_k", "gate_v", "gate_logit")}
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the score is anything but the running score itself."""
+        return self.score != Symbol("score")
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for spec in self.tensors:
+            learnable = " learnable" if spec.learnable else ""
+            encoding = " boundaries" if spec.encoding == "boundaries" else ""
+            yield f"tensor     {spec.name}: {spec.kind.value}[{', '.join(spec.dims)}]{learnable}{encoding}"
+        for number, values in enumerate(self.tables):
+            yield f"table      {table_name(number)} = {list(values)}"
+        for number, selection in enumerate(self.selections):
+            yield f"selection  selected_{number}, m_{number} = {call_text('topk', selection_arguments(selection))}"
+        for name, node in self.expressions.items():
+            yield f"{name:<10} = {program_text(node)}"
+
+
+def table_name(number: int) -> str:
+    """The tensor that holds the numbers of the ``number``-th ``per_head`` list."""
+    return f"table_{number}"
+
+
+def program_text(node: Node) -> str:
+    """Text of a flattened expression, in which selections appear as ``selected_0`` and gates as ``m_0``."""
+    return text(_with_names(node))
+
+
+def _with_names(node: Node) -> Node:
+    from flexsparse.ir.nodes import rebuild
+
+    if isinstance(node, Selected):
+        return _Name(f"selected_{node.number}", Kind.BOOL)
+    if isinstance(node, Gate):
+        return _Name(f"ste(m_{node.number})" if node.straight_through else f"m_{node.number}", Kind.REAL)
+    return rebuild(node, tuple(_with_names(c) for c in node.children))
+
+
+class _Name(Symbol):
+    """A printed name that is not a symbol of the language."""
+
+    def __init__(self, name: str, kind: Kind) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "_kind", kind)
+
+    @property
+    def kind(self) -> Kind:
+        return self._kind  # type: ignore[attr-defined, no-any-return]

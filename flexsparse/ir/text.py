@@ -1,0 +1,106 @@
+"""Nodes as text: what a user would type to get an equal expression, parentheses shown."""
+
+from __future__ import annotations
+
+from flexsparse.ir.nodes import (
+    COMPARISONS,
+    OPERATIONS,
+    Apply,
+    Constant,
+    Kind,
+    Load,
+    Named,
+    Node,
+    PerHead,
+    Scored,
+    SelectionNode,
+    Symbol,
+)
+
+_ATOM = 10
+_PATTERN_LEVEL = ("and", "or", "xor")
+
+
+def text(node: Node) -> str:
+    """The expression as it would be typed in Python and as ``parse`` reads it."""
+    return _render(node)[0]
+
+
+def call_text(name: str, arguments: tuple[tuple[str, object], ...]) -> str:
+    """``name(positional, keyword=value)``; an empty argument name means positional."""
+    shown = [f"{key}={argument_text(value)}" if key else argument_text(value) for key, value in arguments]
+    return f"{name}({', '.join(shown)})"
+
+
+def argument_text(value: object) -> str:
+    """A pattern's argument: a number or string as Python writes it, an expression as text."""
+    if isinstance(value, Node):
+        return text(value)
+    return repr(value)
+
+
+def _render(node: Node) -> tuple[str, int]:
+    """The text and the precedence of its outermost operator."""
+    match node:
+        case Constant(value):
+            return repr(value), (_ATOM if isinstance(value, bool) or value >= 0 else 8)
+        case Symbol(name):
+            return name, _ATOM
+        case Load(tensor, index):
+            return f"{tensor.name}[{', '.join(text(i) for i in index)}]", _ATOM
+        case PerHead(entries):
+            return f"per_head([{', '.join(text(e) for e in entries)}])", _ATOM
+        case Named(name, arguments, _):
+            return call_text(name, arguments), _ATOM
+        case SelectionNode():
+            return call_text("topk", selection_arguments(node)), _ATOM
+        case Scored(pattern, Apply("add", (Symbol("score"), term))):
+            return f"{_operand(pattern, 'add')} + {_wrap(term, 7)}", 6
+        case Scored(pattern, expression):
+            return f"{_wrap(pattern, _ATOM)}.score({text(expression)})", _ATOM
+        case Apply(op, args):
+            return _render_apply(op, args)
+    raise AssertionError(f"no text for {type(node).__name__}")
+
+
+def _render_apply(op: str, args: tuple[Node, ...]) -> tuple[str, int]:
+    operation = OPERATIONS[op]
+    if not operation.symbol:
+        return f"{op}({', '.join(text(a) for a in args)})", _ATOM
+    level = operation.precedence
+    if operation.arity == 1:
+        return f"{operation.symbol}{_wrap(args[0], level)}", level
+    if op in _PATTERN_LEVEL:
+        left, right = _operand(args[0], op, left=True), _operand(args[1], op)
+    else:
+        # Arithmetic associates to the left; neither side of a comparison may be a comparison.
+        left = _wrap(args[0], level + 1 if op in COMPARISONS else level)
+        right = _wrap(args[1], level + 1)
+    return f"{left} {operation.symbol} {right}", level
+
+
+def _wrap(node: Node, at_least: int) -> str:
+    rendered, level = _render(node)
+    return rendered if level >= at_least else f"({rendered})"
+
+
+def _operand(node: Node, op: str, left: bool = False) -> str:
+    """An operand of a pattern operator: parenthesised unless atomic, negated, or the same operator on the left."""
+    rendered, level = _render(node)
+    same_chain = left and isinstance(node, Apply) and node.op == op
+    return rendered if same_chain or level >= 8 else f"({rendered})"
+
+
+def selection_arguments(node: SelectionNode) -> tuple[tuple[str, object], ...]:
+    """The arguments of ``topk`` that differ from its defaults."""
+    shown: list[tuple[str, object]] = [("", node.k)]
+    defaults = SelectionNode(node.k)
+    for name in ("after", "scores", "segments", "gate"):
+        if getattr(node, name) != getattr(defaults, name):
+            shown.append((name, getattr(node, name)))
+    return tuple(shown)
+
+
+def kind_text(kind: Kind) -> str:
+    """How errors speak of a kind."""
+    return {Kind.INT: "an index expression", Kind.REAL: "a score", Kind.BOOL: "a mask or pattern"}[kind]

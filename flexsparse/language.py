@@ -1,0 +1,284 @@
+"""The language: index symbols, masks, scores, selections and the algebra that composes them.
+
+Expressions are immutable and hashable, print as they would be typed, pickle, and need no torch.
+
+>>> from flexsparse.language import kv, q, topk
+>>> (kv <= q) & ((q - kv < 512) | topk(512, after=512, gate="kv"))
+(kv <= q) & ((q - kv < 512) | topk(512, after=512, gate='kv'))
+
+On index expressions ``== != < <= > >=`` build masks. On patterns ``==`` is structural.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, overload
+
+from flexsparse.catalogue import at_least, pattern
+from flexsparse.errors import ExpressionError, PatternArgumentError
+from flexsparse.expression import (
+    Expression,
+    Index,
+    Mask,
+    Pattern,
+    Score,
+    Selection,
+    Value,
+    lift,
+    plain,
+    value_of,
+    wrap,
+)
+from flexsparse.ir.nodes import GATES, SYMBOLS, TRUE, Apply, Kind, Load, PerHead, SelectionNode, Symbol, TensorSpec
+
+__all__ = [
+    "Captured",
+    "Expression",
+    "Index",
+    "Mask",
+    "Pattern",
+    "Score",
+    "Selection",
+    "Value",
+    "at_least",
+    "b",
+    "captured",
+    "everything",
+    "exp",
+    "exp2",
+    "floor",
+    "h",
+    "heads",
+    "kv",
+    "kv_len",
+    "log",
+    "log2",
+    "maximum",
+    "minimum",
+    "pattern",
+    "per_head",
+    "q",
+    "q_len",
+    "score",
+    "sigmoid",
+    "sqrt",
+    "tanh",
+    "topk",
+    "truncdiv",
+    "truncmod",
+    "where",
+]
+
+
+b, h, q, kv = (Index(Symbol(name)) for name in ("b", "h", "q", "kv"))
+q_len, kv_len, heads = (Index(Symbol(name)) for name in ("q_len", "kv_len", "heads"))
+score = Score(Symbol("score"))
+everything = Mask(TRUE)
+
+
+class Captured:
+    """A tensor given by keyword at the call; index it with one expression a dimension to use it."""
+
+    __slots__ = ("spec",)
+    spec: TensorSpec
+
+    def __init__(self, spec: TensorSpec) -> None:
+        object.__setattr__(self, "spec", spec)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"captured tensors are immutable; cannot set {name!r}")
+
+    def __getitem__(self, index: object) -> Any:
+        given = index if isinstance(index, tuple) else (index,)
+        spec = self.spec
+        if len(given) != len(spec.dims):
+            raise ExpressionError(
+                f"{spec.name}[...]",
+                got=f"{len(given)} indices",
+                expected=f"{len(spec.dims)}, one for each of dims={spec.dims}",
+                mend=f"Write {spec.name}[{', '.join('b' if d == 'b' else 'h' if d == 'h' else 'kv' for d in spec.dims)}].",
+            )
+        nodes = tuple(lift(i, f"index {n} of {spec.name}", Kind.INT) for n, i in enumerate(given))
+        return wrap(Load(spec, nodes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Captured) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Captured, (self.spec,))
+
+    def __repr__(self) -> str:
+        extra = ", learnable=True" if self.spec.learnable else f", dtype={self.spec.kind.value!r}"
+        return f"captured({self.spec.name!r}, dims={self.spec.dims!r}{extra})"
+
+
+RESERVED = {*SYMBOLS, "query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self", "torch", "math"}
+_KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
+
+
+def captured(
+    name: str,
+    dims: Sequence[str],
+    *,
+    dtype: str | None = None,
+    learnable: bool = False,
+    encoding: str = "values",
+) -> Captured:
+    """Declare a tensor that is given at the call by keyword ``name``.
+
+    ``dims`` names each dimension: "b" batch (size 1 or B; may be left out of the tensor), "h" query heads,
+    "s" key length, "q" query length; other names are free sizes that must agree within one call.
+    ``dtype`` is "int" (default), "float" or "bool"; ``learnable=True`` implies "float" and gives gradients.
+    ``encoding="boundaries"`` declares cumulative sequence lengths ``[0, ..., S]`` (dims must be ("s",)),
+    which read as one segment id for each position.
+    Raises PatternArgumentError for a name that is no identifier or that means something else already.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+        raise PatternArgumentError(
+            "captured(name)",
+            got=repr(name),
+            expected="an identifier that is not a symbol or an argument of the call",
+            mend="Choose another name, such as 'doc'.",
+        )
+    dims = (dims,) if isinstance(dims, str) else tuple(dims)
+    if not dims or not all(isinstance(d, str) and d for d in dims):
+        raise PatternArgumentError(
+            f"captured({name!r}, dims)", got=repr(dims), expected='names of dimensions, such as ("b", "s")'
+        )
+    dtype = dtype or ("float" if learnable else "int")
+    if dtype not in _KINDS or (learnable and _KINDS[dtype] is not Kind.REAL):
+        raise PatternArgumentError(
+            f"captured({name!r}, dtype)",
+            got=repr(dtype) + (" with learnable=True" if learnable else ""),
+            expected="'int', 'float' or 'bool'; only 'float' can be learnable",
+        )
+    if encoding not in ("values", "boundaries") or (encoding == "boundaries" and (dims != ("s",) or dtype != "int")):
+        raise PatternArgumentError(
+            f"captured({name!r}, encoding)",
+            got=f"{encoding!r} with dims={dims} and dtype={dtype!r}",
+            expected="'values', or 'boundaries' with dims=('s',) and dtype='int'",
+        )
+    return Captured(TensorSpec(name, dims, _KINDS[dtype], learnable, encoding))
+
+
+def _function(op: str, *args: object, kind: Kind = Kind.REAL) -> Value:
+    return value_of(Apply(op, tuple(lift(a, f"argument of {op}", kind) for a in args)))
+
+
+def where(condition: Pattern | bool, this: object, other: object) -> Value:
+    """``this`` where the plain mask holds, else ``other``; numbers or numeric expressions."""
+    mask = plain("where", condition).node
+    branches = tuple(lift(x, "branch of where", Kind.REAL) for x in (this, other))
+    return value_of(Apply("where", (mask, *branches)))
+
+
+def minimum(left: object, right: object) -> Value:
+    """The smaller of two numbers."""
+    return _function("minimum", left, right)
+
+
+def maximum(left: object, right: object) -> Value:
+    """The larger of two numbers."""
+    return _function("maximum", left, right)
+
+
+def exp(x: object) -> Value:
+    """e to the power x."""
+    return _function("exp", x)
+
+
+def exp2(x: object) -> Value:
+    """2 to the power x."""
+    return _function("exp2", x)
+
+
+def log(x: object) -> Value:
+    """The natural logarithm."""
+    return _function("log", x)
+
+
+def log2(x: object) -> Value:
+    """The logarithm to base 2."""
+    return _function("log2", x)
+
+
+def sqrt(x: object) -> Value:
+    """The square root."""
+    return _function("sqrt", x)
+
+
+def tanh(x: object) -> Value:
+    """The hyperbolic tangent."""
+    return _function("tanh", x)
+
+
+def sigmoid(x: object) -> Value:
+    """1 / (1 + exp(-x))."""
+    return _function("sigmoid", x)
+
+
+def floor(x: object) -> Value:
+    """The largest integer at most x, as an index expression."""
+    return _function("floor", x)
+
+
+def truncdiv(left: object, right: object) -> Value:
+    """Integer division that rounds toward zero, as in C; ``//`` rounds down."""
+    return _function("truncdiv", left, right, kind=Kind.INT)
+
+
+def truncmod(left: object, right: object) -> Value:
+    """The remainder of ``truncdiv``, with the sign of the dividend; ``%`` has the sign of the divisor."""
+    return _function("truncmod", left, right, kind=Kind.INT)
+
+
+@overload
+def per_head(entries: Sequence[Pattern]) -> Pattern: ...
+@overload
+def per_head(entries: Sequence[int | float | Value]) -> Value: ...
+def per_head(entries: Sequence[Any]) -> Expression:
+    """A different number, expression or pattern for each query head.
+
+    The number of entries must divide the number of query heads; contiguous groups share an entry: head h
+    takes entry ``h * len(entries) // heads``. As many entries as KV heads gives one for each GQA group.
+    """
+    given = list(entries) if isinstance(entries, Sequence) else []
+    if not given:
+        raise PatternArgumentError(
+            "per_head(entries)", got=repr(entries), expected="a list of patterns, or of numbers, one for each head"
+        )
+    kind = Kind.BOOL if isinstance(given[0], Pattern | bool) else Kind.REAL
+    return wrap(PerHead(tuple(lift(e, f"per_head entry {n}", kind) for n, e in enumerate(given))))
+
+
+def topk(
+    k: int,
+    *,
+    after: int = 0,
+    scores: str = "scores",
+    segments: str | None = None,
+    gate: str = "none",
+) -> Selection:
+    """The k keys with the largest scores among each query's candidates (on ties the earlier key).
+
+    Candidates of query q are the keys ``kv <= q - after``, of the query's own segment if ``segments``
+    names a tensor of non-decreasing ids ([S] or [B, S]). ``scores`` names a tensor [B, 1, S],
+    [B, H_kv, S] or [B, H_q, S]. ``gate`` says how the soft gate m = clip(score - tau, 0, 1) acts:
+    "kv", "k", "v", "logit", "none" (no gradient to the scores) or "ste".
+    Source: Lou, Jia, Zheng, Tu, arXiv 2406.16747; ``after``, ``segments`` and the gates beside "kv" are ours.
+    Raises PatternArgumentError for k < 1, after < 0 or an unknown gate.
+    """
+    for name, number, least in (("k", k, 1), ("after", after, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise PatternArgumentError(f"topk({name})", got=repr(number), expected=f"an integer of at least {least}")
+    if gate not in GATES:
+        raise PatternArgumentError("topk(gate)", got=repr(gate), expected=f"one of {', '.join(map(repr, GATES))}")
+    for name, tensor in (("scores", scores), ("segments", segments)):
+        if tensor is not None and (not isinstance(tensor, str) or not tensor.isidentifier() or tensor in RESERVED):
+            raise PatternArgumentError(
+                f"topk({name})", got=repr(tensor), expected="the keyword under which the tensor is given at the call"
+            )
+    return Selection(SelectionNode(k, after, scores, segments, gate))

@@ -1,0 +1,164 @@
+"""SPARSEK of independent rows: the projection onto gates in [0, 1] that sum to k, with its exact gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexsparse.errors import DtypeError, NonFiniteScoresError, PatternArgumentError, ShapeError
+from flexsparse.ops.range_search import Found
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sparsek(z: Tensor, k: int, dim: int = -1, *, validate: bool = True) -> Tensor:
+    """Gates ``p = clip(z - tau, 0, 1)`` along ``dim``, with tau the least threshold at which they sum to at most k.
+
+    For finite rows this is ``argmin ||p - z||^2`` subject to ``0 <= p <= 1`` and ``sum p = k`` (all ones where
+    n <= k); k = 1 is sparsemax. z: any shape, float16, bfloat16, float32 or float64; the result has z's shape and
+    is float32, or float64 for float64. -inf has gate 0 and is no candidate; +inf has gate 1, and beyond k of them
+    the first k do. The gradient is ``(diag(s) - s s^T / |s|) g`` with s marking the gates strictly between 0 and
+    1, and 0 where there are none.
+    Source of the operator: Lou, Jia, Zheng, Tu, arXiv 2406.16747.
+    Raises DtypeError, PatternArgumentError for k < 1, ShapeError for an empty ``dim``, NonFiniteScoresError for
+    NaN (one synchronisation on a GPU, switched off by ``validate=False``; then rows with NaN give NaN).
+    """
+    check_scores("z", z, k, validate)
+    if z.shape[dim] == 0:
+        raise ShapeError("z", got=f"size 0 along dim {dim}", expected="at least one score")
+    rows = z.movedim(dim, -1)
+    gates: Tensor = _Sparsek.apply(rows.reshape(-1, rows.shape[-1]), k)
+    return gates.reshape(rows.shape).movedim(-1, dim)
+
+
+def check_scores(name: str, scores: Tensor, k: int, validate: bool) -> None:
+    """The checks that every selection operator makes of its scores and its budget."""
+    if not isinstance(scores, Tensor) or scores.dtype not in FLOATS:
+        got = str(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
+        raise DtypeError(name, got=got, expected="a tensor of float16, bfloat16, float32 or float64")
+    if scores.dim() == 0:
+        raise ShapeError(name, got="a scalar", expected="at least one dimension")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise PatternArgumentError("k", got=repr(k), expected="an integer of at least 1")
+    if validate and not torch.compiler.is_compiling():
+        refuse_nan(name, scores)
+
+
+def refuse_nan(name: str, scores: Tensor) -> None:
+    """Raise with the position of the first NaN; costs one synchronisation on a GPU."""
+    bad = torch.isnan(scores)
+    if bool(bad.any()):
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        raise NonFiniteScoresError(
+            name,
+            got=f"NaN at {position} and {int(bad.sum()) - 1} more",
+            expected="numbers; -inf excludes a key",
+            mend="Find where the scorer diverged, or mask padding with -inf.",
+        )
+
+
+def result_dtype(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype is torch.float64 else torch.float32
+
+
+class Grid(NamedTuple):
+    """Scores on a grid of integers, fine enough for float32 and coarse enough that int64 sums are exact.
+
+    One ``unit`` is a score difference of 1. Equal scores, and scores that differ by exactly 1, stay so, which is
+    what kinks and plateaus turn on. A grid step is at most ``range * size * 2^-61``, and tau moves by no more.
+    """
+
+    values: Tensor  # [R, N] int64, 0 for scores that are not finite
+    unit: Tensor  # [R, 1] int64
+    step: Tensor  # [R, 1] float64
+    center: Tensor  # [R, 1] float64
+
+    def to_scores(self, values: Tensor) -> Tensor:
+        return values * self.step + self.center
+
+
+def on_grid(scores: Tensor, finite: Tensor) -> Grid:
+    """The finest grid on which the sums of a row cannot overflow; scores [R, N] float64."""
+    top = torch.where(finite, scores, -torch.inf).amax(1, keepdim=True)
+    bottom = torch.where(finite, scores, torch.inf).amin(1, keepdim=True)
+    some = torch.isfinite(top)
+    # Half of each first: the sum of two huge scores may overflow. A whole centre keeps whole scores whole.
+    center = torch.where(some, (top / 2 + bottom / 2).round(), 0.0)
+    extent = torch.where(some, torch.maximum(top - center, center - bottom), 0.0) + 1
+    bits = 60 - max(scores.shape[1], 1).bit_length() - torch.frexp(extent).exponent
+    step = torch.exp2(-bits.clamp(max=52).double())
+    values = torch.where(finite, ((scores - center) / step).round(), 0.0).long()
+    unit = (1 / step).round().clamp(min=1).long()
+    return Grid(values, unit, step, center)
+
+
+def events_of(grid: Grid, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The 2n events of each row, at u (weight +1) and u - 1 (weight -1), side by side: [R, 2N] int64 both.
+
+    Scores that are not finite have events of weight 0.
+    """
+    values = torch.stack((grid.values, grid.values - grid.unit), dim=-1).flatten(1)
+    sign = torch.tensor([1, -1], device=values.device)
+    return values, (finite.long().unsqueeze(-1) * sign).flatten(1)
+
+
+class Threshold(NamedTuple):
+    """tau as a score, and as the grid points around it, by which keys are classed exactly."""
+
+    tau: Tensor  # float64; -inf where every candidate has gate 1, +inf where the certain ones exceed the budget
+    floor: Tensor  # int64
+    ceil: Tensor  # int64
+
+
+_LOWEST = torch.iinfo(torch.int64).min
+
+
+def threshold(grid: Grid, found: Found, budget: Tensor, edge: Tensor) -> Threshold:
+    """tau from the sums over the events at or above the found position; found and budget [R, M], edge [R, N]."""
+    upper = edge.gather(1, found.position.clamp(min=0))
+    # f falls by `weight` a step below `upper`, where it is still within the budget by `room`.
+    room = budget - (found.moment - found.weight * upper)
+    weight = found.weight.clamp(min=1)
+    floor, ceil = upper + (-room).div(weight, rounding_mode="floor"), upper - room.div(weight, rounding_mode="floor")
+    tau = grid.to_scores(upper.double() - room.double() / weight.double())
+    everything, nothing = found.weight <= 0, found.position < 0
+    tau = tau.masked_fill(everything, -torch.inf).masked_fill(nothing, torch.inf)
+    floor = floor.masked_fill(everything, _LOWEST).masked_fill(nothing, -_LOWEST - 1)
+    ceil = ceil.masked_fill(everything, _LOWEST).masked_fill(nothing, -_LOWEST - 1)
+    return Threshold(tau, floor, ceil)
+
+
+class _Sparsek(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, k: int) -> Tensor:
+        exact = z.double()
+        finite, ones = torch.isfinite(exact), exact == torch.inf
+        grid = on_grid(exact, finite)
+        # A budget beyond the row is the row, which also keeps the product small.
+        budget = (min(k, z.shape[1]) - ones.sum(1, keepdim=True)) * grid.unit
+        values, weights = events_of(grid, finite)
+        edge, order = values.sort(1, descending=True)
+        weight = weights.gather(1, order)
+        sum_weight, sum_moment = weight.cumsum(1), (weight * edge).cumsum(1)
+        reached = sum_moment - sum_weight * edge
+        position = (reached <= budget).long().sum(1, keepdim=True) - 1
+        at = position.clamp(min=0)
+        found = Found(position, sum_weight.gather(1, at), sum_moment.gather(1, at))
+        tau = threshold(grid, found, budget, edge)
+        inside = finite & (grid.values > tau.floor) & (grid.values - grid.unit < tau.ceil)
+        gates = torch.where(inside, exact - tau.tau, (finite & (grid.values > tau.floor)).double())
+        gates = torch.where(ones & (ones.cumsum(1) <= k), 1.0, gates.clamp(0, 1))
+        ctx.save_for_backward(inside)
+        ctx.dtype = z.dtype
+        return gates.masked_fill(torch.isnan(exact).any(1, keepdim=True), torch.nan).to(result_dtype(z))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        kept = torch.where(inside, grad, 0)
+        mean = kept.sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(inside, kept - mean, 0).to(ctx.dtype), None

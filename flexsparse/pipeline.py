@@ -1,0 +1,87 @@
+"""Every stage by name, in order: expression -> program -> verified program -> source, then with shapes -> plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flexsparse.analysis.tiles import Tiles, classify
+from flexsparse.codegen.flex import Generated, generate
+from flexsparse.ir.lower import lower
+from flexsparse.ir.nodes import Load, Node, walk
+from flexsparse.ir.program import Program, Selected
+from flexsparse.ir.text import text
+from flexsparse.ir.verify import verify
+from flexsparse.plan import Plan, make_plan
+from flexsparse.runtime.buffers import make_buffers, refuse_outside
+from flexsparse.runtime.inputs import Shapes, check_captured
+from flexsparse.settings import Settings
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a pattern becomes before it meets shapes."""
+
+    program: Program
+    generated: Generated
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a call becomes before it runs."""
+
+    buffers: Mapping[str, Any]
+    tiles: Tiles
+    plan: Plan
+
+
+@functools.lru_cache(maxsize=1024)
+def compile_pattern(pattern: Node, offset: bool = False) -> Compiled:
+    """Touches no device and no shape."""
+    program = verify(lower(pattern))
+    generated = generate(program, text(pattern), offset=offset)
+    return Compiled(program, generated)
+
+
+def bind_call(
+    compiled: Compiled, shapes: Shapes, given: Mapping[str, Tensor | None], settings: Settings, *, validate: bool
+) -> Bound:
+    """Check what was given, derive what the functions read, classify the tiles, choose a backend."""
+    program = compiled.program
+    captured = check_captured(program, shapes, given, validate=validate)
+    buffers = make_buffers(program, shapes, captured)
+    if validate:
+        refuse_outside(program, shapes, buffers)
+    tiles = classify_tiles(program, shapes, settings, buffers)
+    plan = make_plan(program, shapes, settings, tiles)
+    return Bound(buffers, tiles, plan)
+
+
+def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
+    """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
+    program = compiled.program
+    tiles = None
+    if not reads_tensors(program.mask):
+        tiles = classify_tiles(program, shapes, settings, {})
+    return make_plan(program, shapes, settings, tiles)
+
+
+def classify_tiles(program: Program, shapes: Shapes, settings: Settings, buffers: Mapping[str, Any]) -> Tiles:
+    """The class of every tile, from the cache where the mask reads no tensor."""
+    if reads_tensors(program.mask):
+        return classify(program.mask, shapes.sizes, buffers, block=settings.block_size, device=shapes.device)
+    return _static_tiles(program.mask, shapes.sizes, settings.block_size, str(shapes.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _static_tiles(mask: Node, sizes: Any, block: int, device: str) -> Tiles:
+    return classify(mask, sizes, block=block, device=device)
+
+
+def reads_tensors(mask: Node) -> bool:
+    """Whether the mask depends on anything that is given at the call, or on a table of ``per_head`` numbers."""
+    return any(isinstance(n, Load | Selected) for n in walk(mask))

@@ -1,0 +1,186 @@
+"""The plan: which backend runs a bound pattern, what else was considered, and why it lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexsparse import _torch
+from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
+from flexsparse.errors import BackendError, DeviceError
+from flexsparse.ir.nodes import Constant, Load, walk
+from flexsparse.ir.program import Gate, Program
+from flexsparse.runtime.inputs import Shapes
+from flexsparse.settings import Settings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A fact about a pattern or a candidate, with its reason."""
+
+    holds: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run the pattern: whether it can run here, and why it was taken or left."""
+
+    backend: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class TileCounts:
+    """Tiles over all rows and heads; ``known`` is False while they depend on scores that were not given."""
+
+    block: int
+    empty: int
+    partial: int
+    full: int
+
+    @property
+    def total(self) -> int:
+        return self.empty + self.partial + self.full
+
+    @property
+    def density(self) -> float:
+        """The share of tiles that are computed."""
+        return (self.partial + self.full) / self.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pattern runs on given shapes.
+
+    ``flops`` counts two products of the computed tiles (2 multiply-adds of head_dim and value_dim an element),
+    forward only, times ``calls``; ``notes`` are facts that a user should know, such as where gradients come from.
+    """
+
+    backend: str
+    shapes: Shapes
+    calls: int
+    tiles: TileCounts | None
+    mask_rows: int
+    mask_heads: int
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def flops(self) -> int | None:
+        """Floating-point operations of the forward pass, None while the tiles are not known."""
+        if self.tiles is None:
+            return None
+        elements = (self.tiles.partial + self.tiles.full) * self.tiles.block**2
+        return 2 * elements * (self.shapes.head_dim + self.shapes.value_dim) * self.calls
+
+
+def count_tiles(tiles: Tiles) -> TileCounts:
+    """The tiles of each kind."""
+    return TileCounts(tiles.block, *(tiles.count(kind) for kind in (EMPTY, PARTIAL, FULL)))
+
+
+def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:
+    """Choose a backend. Raises BackendError or DeviceError where the one asked for cannot run."""
+    candidates = tuple(Candidate(name, verdict(program, shapes)) for name, verdict in _VERDICTS.items())
+    by_name = {c.backend: c for c in candidates}
+    if settings.backend != "auto":
+        chosen = settings.backend
+        if not by_name[chosen].verdict.holds:
+            error = DeviceError if shapes.device.type not in ("cpu", "cuda") else BackendError
+            raise error(
+                f"backend={chosen!r}",
+                got=f"{shapes.dtype} on {shapes.device}" + (" with gradients" if shapes.needs_grad else ""),
+                expected="a call that this backend can run",
+                mend=f"{by_name[chosen].verdict.reason} backend='chunked' runs it exactly, on any device.",
+            )
+    elif shapes.device.type == "cuda" and by_name["flex"].verdict.holds:
+        chosen = "flex"
+    else:
+        chosen = "chunked"
+    if settings.backend == "auto" and chosen == "chunked" and shapes.device.type != "cpu":
+        reason = by_name["flex"].verdict.reason
+        raise BackendError(
+            "backend='auto'",
+            got=f"{shapes.dtype} on {shapes.device}",
+            expected="a call that FlexAttention can run",
+            mend=f"{reason} Ask for backend='chunked', which is exact and slower.",
+        )
+    gated = program.gate_v != Constant(1.0)
+    return Plan(
+        backend=chosen,
+        shapes=shapes,
+        calls=2 if gated and chosen.startswith("flex") else 1,
+        tiles=None if tiles is None else count_tiles(tiles),
+        mask_rows=shapes.batch if depends_on(program.mask, "b") else 1,
+        mask_heads=shapes.heads if depends_on(program.mask, "h") else 1,
+        candidates=candidates,
+        notes=_notes(program, shapes, settings, chosen, gated),
+    )
+
+
+def _flex(program: Program, shapes: Shapes) -> Verdict:
+    device = shapes.device.type
+    if device not in ("cuda", "cpu"):
+        return Verdict(False, f"FlexAttention is used on cuda and cpu, not on {device}.")
+    if shapes.dtype.itemsize == 8:
+        return Verdict(False, "Compiled FlexAttention takes no float64.")
+    if device == "cpu":
+        if shapes.needs_grad:
+            return Verdict(False, "FlexAttention has no gradients on CPU.")
+        if program.gate_v != Constant(1.0):
+            return Verdict(False, "A gate on V needs the LSE, which compiled CPU FlexAttention does not give.")
+    if not _torch.ANY_HEAD_DIM and shapes.head_dim & (shapes.head_dim - 1):
+        return Verdict(False, f"torch {_torch.VERSION} takes power-of-two head_dim only, not {shapes.head_dim}.")
+    if device == "cuda" and min(shapes.head_dim, shapes.value_dim) < 16:
+        return Verdict(False, f"FlexAttention takes head_dim of at least 16, not {shapes.head_dim}.")
+    if shapes.needs_grad and _gates(program) and not _torch.HAS_CAPTURED_GRADIENTS:
+        return Verdict(False, f"Gradients of the scores need torch 2.6; this is {_torch.VERSION}.")
+    if device == "cpu":
+        return Verdict(True, "Runs here for inference; needs a C++ compiler and 10 s or more to build a kernel.")
+    return Verdict(True, "One fused kernel a call, tiles that no query sees are skipped.")
+
+
+def _flex_eager(program: Program, shapes: Shapes) -> Verdict:
+    return Verdict(True, "Dense and slow: for debugging generated functions at small sizes.")
+
+
+def _chunked(program: Program, shapes: Shapes) -> Verdict:
+    return Verdict(True, "Exact in bounded memory on any device, with gradients and float64; PyTorch speed.")
+
+
+def _reference(program: Program, shapes: Shapes) -> Verdict:
+    return Verdict(True, "The dense float64 oracle: every score is materialised.")
+
+
+_VERDICTS = {"flex": _flex, "flex_eager": _flex_eager, "chunked": _chunked, "reference": _reference}
+
+
+def _gates(program: Program) -> bool:
+    return any(isinstance(n, Gate) for e in program.expressions.values() for n in walk(e))
+
+
+def learnable_names(program: Program) -> tuple[str, ...]:
+    """The captured tensors that receive gradients."""
+    loads = {n.tensor.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Load)}
+    return tuple(spec.name for spec in program.tensors if spec.learnable and spec.name in loads)
+
+
+def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, gated: bool) -> tuple[str, ...]:
+    notes = []
+    if chosen == "chunked" and shapes.device.type == "cpu" and settings.backend == "auto":
+        notes.append("CPU: FlexAttention cannot train here, so the exact chunked path runs.")
+    if gated and chosen.startswith("flex"):
+        notes.append("The gate on V takes two FlexAttention calls: out = flex(s + log m) exp(lse(s + log m) - lse(s)).")
+    if chosen == "flex" and shapes.needs_grad:
+        if learnable_names(program) and settings.deterministic is not False:
+            notes.append(
+                f"Gradients of {', '.join(learnable_names(program))}: recomputed without atomics, bit-identical "
+                "between runs; deterministic=False is faster."
+            )
+        if _gates(program) and settings.deterministic is not True:
+            notes.append("Gradients of the scores: FlexAttention's atomics, so the last bits may differ between runs.")
+    if program.selections:
+        notes.append("Tiles depend on the scores: they are classified at each call.")
+    if not depends_on(program.mask, "b") and not depends_on(program.mask, "h"):
+        notes.append("The mask does not depend on batch or head: one block mask serves all.")
+    return tuple(notes)

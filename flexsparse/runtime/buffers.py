@@ -1,0 +1,82 @@
+"""The tensors that generated functions read: captured ones, tables, and what each selection was resolved to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.codegen.flex import selection_arguments
+from flexsparse.errors import CapturedError
+from flexsparse.ir.program import Program, table_name
+from flexsparse.ir.text import text
+from flexsparse.ops.causal import candidate_counts, causal_sparsek, causal_topk
+from flexsparse.runtime.inputs import Shapes
+
+# Stand-ins for infinities: differences of these are finite or saturate, and never become NaN.
+_SCORE_FAR, _TAU_LOW, _TAU_HIGH = 3.0e38, -3.4e38, 1.5e38
+
+
+def make_buffers(program: Program, shapes: Shapes, captured: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Every value that ``Generated.build`` may ask for, by name."""
+    real = torch.float64 if shapes.dtype is torch.float64 else torch.float32
+    buffers: dict[str, Any] = {spec.name: captured[spec.name] for spec in program.tensors}
+    for number, values in enumerate(program.tables):
+        dtype = torch.int64 if all(isinstance(v, int) for v in values) else real
+        buffers[table_name(number)] = torch.tensor(values, dtype=dtype, device=shapes.device)
+        if shapes.heads % len(values):
+            raise CapturedError(
+                "per_head",
+                got=f"{len(values)} entries for {shapes.heads} query heads",
+                expected="a number of entries that divides the number of query heads",
+            )
+    for number in range(len(program.selections)):
+        buffers |= _selection(program, number, captured)
+    buffers |= {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads, "q_offset": shapes.q_offset}
+    for number, selection in enumerate(program.selections):
+        buffers[f"group_{number}"] = shapes.heads // captured[selection.scores].shape[1]
+    return buffers
+
+
+def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    selection = program.selections[number]
+    scores = captured[selection.scores]
+    segments = None
+    if selection.segments is not None:
+        segments = captured[selection.segments]
+        segments = segments.unsqueeze(1) if segments.dim() == 2 else segments
+    arguments = {"after": selection.after, "segments": segments, "validate": False}
+    chosen = causal_topk(scores, selection.k, **arguments)  # type: ignore[arg-type]
+    made: dict[str, Tensor] = {f"birth_{number}": chosen.birth, f"death_{number}": chosen.death}
+    if f"u_{number}" not in selection_arguments(program, number):
+        return made
+    tau = causal_sparsek(scores, selection.k, **arguments)  # type: ignore[arg-type]
+    real = tau.dtype
+    count = candidate_counts(scores, selection.after, segments)
+    # A selected gate is at least 1 / (n - k + 1). Half of that leaves room for the rounding of u - tau,
+    # so that a gate which sits exactly on the bound (k = 1, equal scores) keeps its gradient.
+    least = 0.5 / (count - selection.k + 1).clamp(min=1).to(real)
+    u = scores.to(real).nan_to_num(nan=torch.nan, posinf=_SCORE_FAR, neginf=-_SCORE_FAR)
+    tau = tau.nan_to_num(nan=torch.nan, posinf=_TAU_HIGH, neginf=_TAU_LOW)
+    made |= {f"u_{number}": u, f"tau_{number}": tau, f"least_{number}": least}
+    if f"u_{number}_fixed" in selection_arguments(program, number):
+        made |= {f"u_{number}_fixed": u.detach(), f"tau_{number}_fixed": tau.detach()}
+    return made
+
+
+def refuse_outside(program: Program, shapes: Shapes, buffers: Mapping[str, Any]) -> None:
+    """Raise CapturedError where an index can leave its tensor; masks do not protect a look-up in a kernel."""
+    from flexsparse.analysis.tiles import index_errors
+
+    tensors = {name: value for name, value in buffers.items() if isinstance(value, Tensor)}
+    for name, expression in program.expressions.items():
+        for load, dim, low, high in index_errors(expression, shapes.sizes, tensors):
+            size = tensors[load.tensor.name].shape[dim]
+            raise CapturedError(
+                f"{text(load)} in the {name}",
+                got=f"an index from {low} to {high} in dimension {dim} of size {size}",
+                expected=f"indices from 0 to {size - 1} for every query and key, hidden ones included",
+                mend=f"Clamp it: minimum(maximum({text(load.index[dim])}, 0), {size - 1}).",
+            )

@@ -1,0 +1,35 @@
+"""The options of ``compile``, checked once; every one of them that changes code is part of the cache key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flexsparse.errors import SettingError, did_you_mean
+
+BACKENDS = ("auto", "flex", "flex_eager", "chunked", "reference")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See ``flexsparse.compile`` for what each one means."""
+
+    backend: str = "auto"
+    fallback: str | None = None
+    deterministic: bool | None = None
+    block_size: int = 128
+    kernel_options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            hint = did_you_mean(str(self.backend), BACKENDS)
+            raise SettingError(
+                "backend", got=repr(self.backend), expected=f"one of {', '.join(map(repr, BACKENDS))}", mend=hint
+            )
+        if self.fallback not in (None, "reference"):
+            raise SettingError("fallback", got=repr(self.fallback), expected="None or 'reference'")
+        if self.deterministic not in (None, True, False):
+            raise SettingError("deterministic", got=repr(self.deterministic), expected="None, True or False")
+        size = self.block_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 16 or size % 16:
+            raise SettingError("block_size", got=repr(size), expected="a multiple of 16, such as 128")
