@@ -133,10 +133,10 @@ def _argument_comments(program: Program) -> Iterator[str]:
     for spec in program.tensors:
         if _is_loaded(program, spec.name):
             yield f"# {spec.name}: {spec.kind.value} [{', '.join(spec.dims)}]"
-    for number, selection in enumerate(program.selections):
+    for number in range(len(program.selections)):
         yield f"# selection {number}: key kv is selected for the queries birth <= q < death; [B, H_scores, S] int32"
         if len(selection_arguments(program, number)) > 3:
-            yield f"# its gate is clip(u - tau, least, 1); u, tau, least: [B, H_scores, S]; group_{number}: H // H_scores"
+            yield f"# its gate is clip(u - tau, least, 1), each [B, H_scores, S]; group_{number} is H // H_scores"
 
 
 def _function(name: str, parameters: str, offset: bool, comment: str, body: list[str]) -> str:

@@ -262,6 +262,7 @@ class CompiledAttention:
 
 @functools.lru_cache(maxsize=256)
 def _launcher(pattern: Any, settings: Settings, offset: bool, compiled: bool) -> Launcher:
+    # The pattern and the offset are part of the key: each kind of function gets a launcher of its own.
     return Launcher(compiled, dict(settings.kernel_options) or None)
 
 

@@ -228,8 +228,8 @@ class _Evaluator:
                 chosen = self.sizes.grid("h") * len(entries) // self.sizes.heads
                 values = [self.number(e, running, dtype) for e in entries]
                 result = values[-1]
-                for position, value in enumerate(values[:-1]):
-                    result = torch.where(chosen == position, value, result)
+                for position, entry in enumerate(values[:-1]):
+                    result = torch.where(chosen == position, entry, result)
                 return result
             case Apply(op, args):
                 values = [self.number(a, running, dtype) for a in args]

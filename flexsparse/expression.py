@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from flexsparse.errors import ExpressionError, TruthValueError
 from flexsparse.ir.nodes import Apply, Constant, Kind, Node, Scored, SelectionNode, Symbol, is_plain, mentions
@@ -187,6 +187,25 @@ class Mask(Pattern):
     """A plain mask: the score is left as it is and every gate is 1."""
 
     __slots__ = ()
+
+    if TYPE_CHECKING:
+        # Masks of masks are masks; the base class says the rest.
+        @overload
+        def __and__(self, other: Mask) -> Mask: ...
+        @overload
+        def __and__(self, other: object) -> Pattern: ...
+        def __and__(self, other: object) -> Pattern: ...
+        @overload
+        def __or__(self, other: Mask) -> Mask: ...
+        @overload
+        def __or__(self, other: object) -> Pattern: ...
+        def __or__(self, other: object) -> Pattern: ...
+        @overload
+        def __xor__(self, other: Mask) -> Mask: ...
+        @overload
+        def __xor__(self, other: object) -> Pattern: ...
+        def __xor__(self, other: object) -> Pattern: ...
+        def __invert__(self) -> Mask: ...
 
 
 class Selection(Pattern):

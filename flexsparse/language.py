@@ -11,6 +11,7 @@ On index expressions ``== != < <= > >=`` build masks. On patterns ``==`` is stru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, overload
 
@@ -96,7 +97,7 @@ class Captured:
                 f"{spec.name}[...]",
                 got=f"{len(given)} indices",
                 expected=f"{len(spec.dims)}, one for each of dims={spec.dims}",
-                mend=f"Write {spec.name}[{', '.join('b' if d == 'b' else 'h' if d == 'h' else 'kv' for d in spec.dims)}].",
+                mend=f"Write {spec.name}[{', '.join(d if d in ('b', 'h') else 'kv' for d in spec.dims)}].",
             )
         nodes = tuple(lift(i, f"index {n} of {spec.name}", Kind.INT) for n, i in enumerate(given))
         return wrap(Load(spec, nodes))
@@ -115,8 +116,14 @@ class Captured:
         return f"captured({self.spec.name!r}, dims={self.spec.dims!r}{extra})"
 
 
+_DERIVED = re.compile(r"(birth|death|group|u|tau|least|table|m|c|selected)_\d+(_fixed)?")
 RESERVED = {*SYMBOLS, "query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self", "torch", "math"}
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
+
+
+def _is_free(name: str) -> bool:
+    """Whether a tensor may have the name: an identifier that means nothing else, here or in generated code."""
+    return name.isidentifier() and name not in RESERVED and not _DERIVED.fullmatch(name)
 
 
 def captured(
@@ -136,7 +143,7 @@ def captured(
     which read as one segment id for each position.
     Raises PatternArgumentError for a name that is no identifier or that means something else already.
     """
-    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+    if not isinstance(name, str) or not _is_free(name):
         raise PatternArgumentError(
             "captured(name)",
             got=repr(name),
@@ -277,7 +284,7 @@ def topk(
     if gate not in GATES:
         raise PatternArgumentError("topk(gate)", got=repr(gate), expected=f"one of {', '.join(map(repr, GATES))}")
     for name, tensor in (("scores", scores), ("segments", segments)):
-        if tensor is not None and (not isinstance(tensor, str) or not tensor.isidentifier() or tensor in RESERVED):
+        if tensor is not None and (not isinstance(tensor, str) or not _is_free(tensor)):
             raise PatternArgumentError(
                 f"topk({name})", got=repr(tensor), expected="the keyword under which the tensor is given at the call"
             )

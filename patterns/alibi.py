@@ -5,11 +5,11 @@ Head h of n = 2^m heads has slope ``2^(-8 (h + 1) / n)``, times ``-|q - kv|``. F
 Source: Press, Smith, Lewis, "Train Short, Test Long", arXiv 2108.12409.
 """
 
-from flexsparse.language import Score, exp2, floor, h, heads, kv, log2, pattern, q, where
+from flexsparse.language import Value, exp2, floor, h, heads, kv, log2, pattern, q, where
 
 
 @pattern(examples=[{}])
-def alibi() -> Score:
+def alibi() -> Value:
     power = exp2(floor(log2(heads)))
     exponent = where(h < power, 8 * (h + 1) / power, 4 * (2 * (h - power) + 1) / power)
     return -exp2(-exponent) * abs(q - kv)

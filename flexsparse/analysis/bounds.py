@@ -119,7 +119,8 @@ def _range_extremes(values: Tensor, index: list[Bounds], dim: int, kind: Kind) -
         highs = torch.maximum(*(high_of[level][tuple(at)] for at in here))
         low = lows if low is None else torch.where(levels == level, lows, low)
         high = highs if high is None else torch.where(levels == level, highs, high)
-    assert low is not None and high is not None
+    assert low is not None
+    assert high is not None
     return _widened(low, high, kind)
 
 

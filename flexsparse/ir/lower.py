@@ -186,7 +186,9 @@ def lower(node: Node) -> Program:
         expressions, kept = _renumbered(expressions, lowering.selections, used)
     else:
         kept = lowering.selections
-    return Program(*expressions, tuple(kept), _tensors(expressions, kept), tuple(lowering.tables))
+    mask, score, gate_k, gate_v, gate_logit = expressions
+    tensors = _tensors(expressions, kept)
+    return Program(mask, score, gate_k, gate_v, gate_logit, tuple(kept), tensors, tuple(lowering.tables))
 
 
 def _renumbered(

@@ -106,4 +106,4 @@ class _Name(Symbol):
 
     @property
     def kind(self) -> Kind:
-        return self._kind  # type: ignore[attr-defined, no-any-return]
+        return self._kind  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ def _repeated(op: str) -> Callable[[Args], Node | None]:
     return rule
 
 
-def _absorbed(outer: str, inner: str) -> Callable[[Args], Node | None]:
+def _absorbed(inner: str) -> Callable[[Args], Node | None]:
     def rule(args: Args) -> Node | None:
         for this, other in (args, args[::-1]):
             if isinstance(other, Apply) and other.op == inner and this in _operands(inner, other):
@@ -69,7 +69,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("x & True -> x", lambda a: a[0] if _is(a[1], True) else None),
         ("False & x -> False", lambda a: FALSE if _is(a[0], False) or _is(a[1], False) else None),
         ("x & y & x -> x & y", _repeated("and")),
-        ("x & (x | y) -> x", _absorbed("and", "or")),
+        ("x & (x | y) -> x", _absorbed("or")),
         ("x & ~x -> False", lambda a: FALSE if a[0] == _not(a[1]) or a[1] == _not(a[0]) else None),
     ),
     "or": (
@@ -77,7 +77,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("x | False -> x", lambda a: a[0] if _is(a[1], False) else None),
         ("True | x -> True", lambda a: TRUE if _is(a[0], True) or _is(a[1], True) else None),
         ("x | y | x -> x | y", _repeated("or")),
-        ("x | (x & y) -> x", _absorbed("or", "and")),
+        ("x | (x & y) -> x", _absorbed("and")),
         ("x | ~x -> True", lambda a: TRUE if a[0] == _not(a[1]) or a[1] == _not(a[0]) else None),
     ),
     "xor": (

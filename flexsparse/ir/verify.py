@@ -12,8 +12,7 @@ _OPERANDS_INT = ("floordiv", "mod", "truncdiv", "truncmod")
 
 def verify(program: Program) -> Program:
     """The program itself. Raises VerificationError, naming the expression and the node, on a broken invariant."""
-    tensors = {spec.name: spec for spec in program.tensors}
-    tensors |= {table_name(n): None for n in range(len(program.tables))}  # type: ignore[dict-item]
+    tensors = {spec.name for spec in program.tensors} | {table_name(n) for n in range(len(program.tables))}
     for name, expression in program.expressions.items():
         wanted = Kind.BOOL if name == "mask" else None
         if (expression.kind is Kind.BOOL) != (wanted is Kind.BOOL):
@@ -23,7 +22,7 @@ def verify(program: Program) -> Program:
     return program
 
 
-def _check(name: str, node: Node, program: Program, tensors: dict[str, object]) -> None:
+def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
     match node:
         case Constant():
             pass

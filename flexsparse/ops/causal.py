@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexsparse.errors import DtypeError, PatternArgumentError, SegmentError, ShapeError
-from flexsparse.ops.range_search import first_true, last_within_budget
 from flexsparse.ops.projection import check_scores, events_of, on_grid, result_dtype, threshold
+from flexsparse.ops.range_search import first_true, last_within_budget
 
 
 class CausalSelection(NamedTuple):

@@ -52,7 +52,7 @@ def attend_chunked(
     work: Work, query: Tensor, key: Tensor, value: Tensor, tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] in float32 (float64 for float64)."""
-    return _Chunked.apply(work, query, key, value, *tensors)  # type: ignore[no-any-return]
+    return _Chunked.apply(work, query, key, value, *tensors)
 
 
 def chunks(work: Work, functions: dict[str, Any]) -> Iterator[_Chunk]:
