@@ -114,15 +114,16 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bo
         "value_gate": _value_gate_function(program, offset, hoisted),
     }
     present = {name: body for name, body in bodies.items() if body}
-    lines = [f"# {title}", "import math", "", "import torch", "", "", f"def build({_keywords(arguments)}):"]
-    lines += [f"    {line}" for line in _argument_comments(program)]
+    lines = [f"    {line}" for line in _argument_comments(program)]
     emitter = _Emitter("torch.float32", None)
     lines += [f"    {name} = {emitter.emit(node)}" for node, name in hoisted.items()]
     for body in present.values():
         lines += ["", textwrap.indent(body, "    ")]
     entries = ", ".join(f'"{name}": {name if name in present else None}' for name in bodies)
     lines += ["", f"    return {{{entries}}}", ""]
-    return "\n".join(lines)
+    text = "\n".join(lines).lstrip("\n")
+    imports = ["import math", ""] if "math." in text else []
+    return "\n".join([f"# {title}", *imports, "import torch", "", "", f"def build({_keywords(arguments)}):", text])
 
 
 def _keywords(arguments: tuple[str, ...]) -> str:

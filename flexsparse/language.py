@@ -11,6 +11,7 @@ On index expressions ``== != < <= > >=`` build masks. On patterns ``==`` is stru
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, overload
@@ -117,13 +118,19 @@ class Captured:
 
 
 _DERIVED = re.compile(r"(birth|death|group|u|tau|least|table|m|c|selected)_\d+(_fixed)?")
-RESERVED = {*SYMBOLS, "query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self", "torch", "math"}
+# Symbols, arguments of the call, and what generated functions call their own.
+RESERVED = {
+    *SYMBOLS,
+    *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
+    *("torch", "math", "build", "mask_mod", "score_mod", "gated_score_mod", "value_gate", "gate", "least", "x"),
+}
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 
 
 def _is_free(name: str) -> bool:
     """Whether a tensor may have the name: an identifier that means nothing else, here or in generated code."""
-    return name.isidentifier() and name not in RESERVED and not _DERIVED.fullmatch(name)
+    free = name.isidentifier() and not keyword.iskeyword(name)
+    return free and name not in RESERVED and not _DERIVED.fullmatch(name)
 
 
 def captured(

@@ -9,7 +9,8 @@ from typing import Any
 
 from flexsparse import language
 from flexsparse.errors import FlexsparseError, ParseError, did_you_mean
-from flexsparse.expression import Expression, Pattern
+from flexsparse.expression import Expression, Pattern, pattern_of
+from flexsparse.ir.nodes import Constant
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -61,6 +62,9 @@ def parse(source: str, captured: Mapping[str, language.Captured] | None = None) 
     except (RecursionError, ValueError, MemoryError) as error:
         raise ParseError("expression", got=str(error), expected="an expression of moderate depth") from None
     result = _Reader(source.strip(), dict(captured or {})).read(tree.body)
+    if isinstance(result, bool):
+        # `everything` prints as True.
+        result = pattern_of(Constant(result))
     if not isinstance(result, Expression):
         raise ParseError(f"expression {source!r}", got=repr(result), expected="a pattern, a mask or a score")
     return result

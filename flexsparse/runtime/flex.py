@@ -6,6 +6,7 @@ A gate on V is applied through two calls: out = flex(s + log m) * exp(lse(s + lo
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import _torch
 from flexsparse.analysis.tiles import FULL, PARTIAL, Tiles
-from flexsparse.errors import BackendError
+from flexsparse.errors import BackendError, BackendNotice
 from flexsparse.runtime.chunked import Work, gradients
 
 
@@ -34,11 +35,22 @@ def make_block_mask(tiles: Tiles, mask_mod: Callable[..., Tensor]) -> BlockMask:
     return _torch.block_mask_from_lists(*lists, tiles.block, mask_mod, tiles.sizes.q_len, tiles.sizes.kv_len)
 
 
+# What to try, in order, where a kernel needs more shared memory than the GPU has.
+_SMALLER: tuple[dict[str, Any], ...] = (
+    {"num_stages": 2},
+    {"num_stages": 1},
+    {"num_stages": 1, "BLOCK_M": 64, "BLOCK_N": 64},
+    {"num_stages": 1, "BLOCK_M": 32, "BLOCK_N": 32},
+)
+_TOO_LARGE = ("out of resource", "No valid triton configs", "OutOfResources")
+
+
 class Launcher:
     """flex_attention compiled for one pattern, in a frame of its own.
 
     Dynamo counts recompilations by code object; a copy of the code keeps patterns from using up each other's
-    budget, and fullgraph keeps a failure from turning into eager execution.
+    budget, and fullgraph keeps a failure from turning into eager execution. ``kernel_options`` are the caller's;
+    where a kernel does not fit the GPU's shared memory, smaller ones are tried and the choice is announced.
     """
 
     def __init__(self, compiled: bool, kernel_options: dict[str, Any] | None) -> None:
@@ -46,25 +58,41 @@ class Launcher:
         own = types.FunctionType(attend.__code__.replace(), attend.__globals__, "flexsparse_attend")
         self.run: Callable[..., Any] = torch.compile(own, fullgraph=True) if compiled else own
         self.compiled = compiled
-        self.kernel_options = kernel_options
+        self.options = [kernel_options or {}]
+        if not kernel_options:
+            self.options += _SMALLER
 
     def __call__(
         self, work: Work, operands: tuple[Tensor, ...], score_mod: Any, mask: BlockMask, with_lse: bool
     ) -> Any:
         gqa = work.shapes.heads != work.shapes.kv_heads
-        try:
-            if not self.compiled:
-                with _torch.eager_gradients_on_cpu():
-                    return self.run(*operands, score_mod, mask, work.scale, gqa, with_lse, self.kernel_options)
-            return self.run(*operands, score_mod, mask, work.scale, gqa, with_lse, self.kernel_options)
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError) as error:
-            raise BackendError(
-                "backend='flex'",
-                got=f"{type(error).__name__}: {_first_line(error)}",
-                expected=f"flex_attention to run here (torch {torch.__version__}, {work.shapes.device})",
-                mend="Use backend='chunked', which is exact and slower, or pass fallback='reference' to allow the "
-                "dense oracle; explain() shows the generated functions.",
-            ) from error
+        arguments = (*operands, score_mod, mask, work.scale, gqa, with_lse)
+        if not self.compiled:
+            with _torch.eager_gradients_on_cpu():
+                return self.run(*arguments, None)
+        while True:
+            try:
+                return self.run(*arguments, dict(self.options[0]) or None)
+            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError) as error:
+                if not any(sign in str(error) for sign in _TOO_LARGE) or len(self.options) == 1:
+                    raise _cannot_build(work, error) from error
+            del self.options[0]
+            warnings.warn(
+                f"FlexAttention's kernel does not fit the shared memory of {work.shapes.device}; "
+                f"building it with kernel_options={self.options[0]}.",
+                BackendNotice,
+                stacklevel=2,
+            )
+
+
+def _cannot_build(work: Work, error: BaseException) -> BackendError:
+    return BackendError(
+        "backend='flex'",
+        got=f"{type(error).__name__}: {_first_line(error)}",
+        expected=f"flex_attention to run here (torch {torch.__version__}, {work.shapes.device})",
+        mend="Use backend='chunked', which is exact and slower, or pass fallback='reference' to allow the dense "
+        "oracle; attn.source shows the generated functions.",
+    )
 
 
 def _first_line(error: BaseException) -> str:

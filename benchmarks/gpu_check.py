@@ -1,0 +1,81 @@
+"""Does flexsparse hold on this GPU? Runs the GPU tests and the demo, and keeps what they said as JSON.
+
+python benchmarks/gpu_check.py --out benchmarks/results/gpu_check_h200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+
+import torch
+import triton
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def environment(commit: str) -> dict[str, object]:
+    """The device and every version that a number depends on."""
+    properties = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "device": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run(*command: str) -> dict[str, object]:
+    """A command with its exit code, its seconds and the end of what it printed."""
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return {
+        "command": " ".join(["python", *command[1:]]),
+        "exit_code": done.returncode,
+        "seconds": round(time.perf_counter() - start, 1),
+        "output": done.stdout,
+        "errors": done.stderr[-4000:],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
+    parser.add_argument("--commit", default="unknown", help="the commit that is measured")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No CUDA device here: this program measures one.", file=sys.stderr)
+        return 2
+    tests = run(sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=10")
+    demo = run(sys.executable, "-m", "flexsparse", "demo")
+    demo_json = run(sys.executable, "-m", "flexsparse", "demo", "--json")
+    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))
+    result = {
+        "environment": environment(arguments.commit),
+        "tests": {**{what: int(n) for n, what in counts}, **tests},
+        "demo": demo,
+        "demo_data": json.loads(str(demo_json["output"])) if demo_json["exit_code"] == 0 else demo_json,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(tests["output"], tests["errors"], demo["output"], demo["errors"], sep="\n")
+    return int(bool(tests["exit_code"] or demo["exit_code"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
