@@ -10,6 +10,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexsparse.block_masks import block_mask
     from flexsparse.compiler import BoundAttention, CompiledAttention, compile
     from flexsparse.dense import dense_mask, reference
     from flexsparse.errors import BackendNotice, FlexsparseError
@@ -23,6 +24,7 @@ _HOME = {
     "BoundAttention": "compiler",
     "CompiledAttention": "compiler",
     "FlexsparseError": "errors",
+    "block_mask": "block_masks",
     "captured": "language",
     "compile": "compiler",
     "dense_mask": "dense",
@@ -39,6 +41,7 @@ __all__ = [
     "BoundAttention",
     "CompiledAttention",
     "FlexsparseError",
+    "block_mask",
     "captured",
     "compile",
     "dense_mask",

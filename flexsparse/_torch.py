@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.attention import flex_attention as _module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -22,43 +24,76 @@ ANY_HEAD_DIM = VERSION >= (2, 8)
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, ...],
+    mask_mod: Callable[..., Tensor],
     score_mod: Callable[..., Tensor] | None,
-    block_mask: BlockMask | None,
+    block: int,
     scale: float,
     enable_gqa: bool,
     with_lse: bool,
     kernel_options: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """flex_attention with its keywords as this torch names them."""
+    """flex_attention with its keywords as this torch names them; the frame that is compiled.
+
+    The block mask is put together inside, so that its lengths are the operands' and not constants of the graph.
+    """
+    query, key, value = operands
+    mask = block_mask(lists, block, mask_mod, query.shape[2], key.shape[2])
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa, "kernel_options": kernel_options}
     if not with_lse:
-        return flex_attention(query, key, value, score_mod, block_mask, **options), None
+        return flex_attention(query, key, value, score_mod, mask, **options), None
     if _HAS_AUX:
         wanted = _module.AuxRequest(lse=True)
-        out, aux = flex_attention(query, key, value, score_mod, block_mask, return_aux=wanted, **options)
+        out, aux = flex_attention(query, key, value, score_mod, mask, return_aux=wanted, **options)
         return out, aux.lse
-    out, lse = flex_attention(query, key, value, score_mod, block_mask, return_lse=True, **options)
+    out, lse = flex_attention(query, key, value, score_mod, mask, return_lse=True, **options)
     return out, lse
 
 
-def block_mask_from_lists(
-    kv_num: Tensor,
-    kv_indices: Tensor,
-    full_num: Tensor,
-    full_indices: Tensor,
-    block: int,
-    mask_mod: Callable[..., Tensor],
-    q_len: int,
-    kv_len: int,
+def block_mask(
+    lists: tuple[Tensor, ...], block: int, mask_mod: Callable[..., Tensor], q_len: int, kv_len: int
 ) -> BlockMask:
-    """BlockMask.from_kv_blocks, whose ``seq_lengths`` came in 2.6."""
+    """A BlockMask from its lists in both directions; ``seq_lengths`` came in 2.6.
+
+    BlockMask.from_kv_blocks would transpose the lists through a dense grid.
+    """
+    partial_num, partial, full_num, full, partial_q_num, partial_q, full_q_num, full_q = lists
     lengths: dict[str, Any] = {"seq_lengths": (q_len, kv_len)} if VERSION >= (2, 6) else {}
-    return BlockMask.from_kv_blocks(
-        kv_num, kv_indices, full_num, full_indices, BLOCK_SIZE=block, mask_mod=mask_mod, **lengths
+    return BlockMask(
+        kv_num_blocks=partial_num,
+        kv_indices=partial,
+        full_kv_num_blocks=full_num,
+        full_kv_indices=full,
+        q_num_blocks=partial_q_num,
+        q_indices=partial_q,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q,
+        BLOCK_SIZE=(block, block),
+        mask_mod=mask_mod,
+        **lengths,
     )
+
+
+def inductor(graph: Any, inputs: Any) -> Any:
+    """torch.compile's default backend, to be wrapped by one that counts."""
+    return lookup_backend("inductor")(graph, inputs)
+
+
+# The limit was called cache_size_limit until 2.6; past it, fullgraph raises one of these.
+_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+RECOMPILE_LIMIT_HIT: tuple[type[BaseException], ...] = tuple(
+    getattr(torch._dynamo.exc, name)
+    for name in ("FailOnRecompileLimitHit", "RecompileLimitExceeded", "FailOnCacheLimitHit")
+    if hasattr(torch._dynamo.exc, name)
+)
+
+
+def recompile_limit(limit: int) -> contextlib.AbstractContextManager[Any]:
+    """How often one frame may be compiled, for as long as the context lasts."""
+    if getattr(torch._dynamo.config, _LIMIT) == limit:
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch({_LIMIT: limit})
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, compile_pattern
 from flexsparse.plan import Plan, learnable_names
+from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
-from flexsparse.runtime.flex import Launcher, attend_flex
+from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of
 from flexsparse.settings import Settings
 
@@ -35,6 +37,8 @@ def compile(
     deterministic: bool | None = None,
     block_size: int = 128,
     kernel_options: Mapping[str, Any] | None = None,
+    dynamic: bool = True,
+    recompile_budget: int = 8,
 ) -> CompiledAttention:
     """Compile an attention pattern, given as an expression or as text. Touches no device and no shape.
 
@@ -44,14 +48,15 @@ def compile(
     ``deterministic``: how captured tensors and scores get gradients on CUDA. True recomputes all of them in a
     fixed order; False leaves all to FlexAttention, which adds with atomics; None recomputes those of learnable
     tensors and leaves those of selection scores. ``block_size`` is the tile size of the block mask, in tokens.
-    ``kernel_options`` go to flex_attention.
+    ``kernel_options`` go to flex_attention. ``dynamic=False`` builds a kernel for each length instead of one for
+    many. ``recompile_budget`` bounds the builds of a pattern; past it a call raises, and never runs eagerly.
     Raises ParseError, ExpressionError, CapturedError or SettingError.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     if not isinstance(expression, Expression):
         raise ExpressionError("pattern", got=type(pattern).__name__, expected="a pattern or its text")
     options = tuple(sorted((kernel_options or {}).items()))
-    settings = Settings(backend, fallback, deterministic, block_size, options)
+    settings = Settings(backend, fallback, deterministic, block_size, options, dynamic, recompile_budget)
     return CompiledAttention(expression, settings)
 
 
@@ -250,20 +255,22 @@ class CompiledAttention:
         names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
         constants = {name: value for name, value in values.items() if name not in names}
         tensors = tuple(values[name] for name in names)
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build)
+        dims = tuple(sequence_dims(self.ir, name) for name in names)
+        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors)
         learnable = learnable_names(self.ir)
         deterministic = self._settings.deterministic
         recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in names)
-        launcher = _launcher(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
-        return attend_flex(work, launcher, operands, tensors, recomputed, needs_lse=return_lse)
+        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
+        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
 
 
 @functools.lru_cache(maxsize=256)
-def _launcher(pattern: Any, settings: Settings, offset: bool, compiled: bool) -> Launcher:
-    # The pattern and the offset are part of the key: each kind of function gets a launcher of its own.
-    return Launcher(compiled, dict(settings.kernel_options) or None)
+def _launchers(pattern: Any, settings: Settings, offset: bool, compiled: bool) -> Launchers:
+    # The pattern and the offset are part of the key: each kind of function gets launchers of its own.
+    digest = hashlib.sha256(repr((pattern, settings, offset, compiled)).encode()).hexdigest()[:16]
+    return Launchers(digest, settings, compiled)
 
 
 @functools.cache

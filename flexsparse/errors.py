@@ -87,6 +87,10 @@ class BackendError(FlexsparseError, RuntimeError):
     """The chosen backend cannot run this call here; nothing else was tried in its place."""
 
 
+class RecompileBudgetError(BackendError):
+    """A pattern was called in more ways than it may be compiled for; the message lists what changed each time."""
+
+
 class DoubleBackwardError(FlexsparseError, RuntimeError):
     """A second derivative was asked of an operation that only has a first."""
 

@@ -170,7 +170,9 @@ class Pattern(Expression):
     __radd__ = __add__
 
     def __sub__(self, other: object) -> Pattern:
-        return self + -value_of(lift(other, "the score subtracted from a pattern", Kind.REAL))
+        term = lift(other, "the score subtracted from a pattern", Kind.REAL)
+        # A number is negated here: the node neg(5) would print as -5 and read back as a constant.
+        return self + (-term.value if isinstance(term, Constant) else -value_of(term))
 
     def score(self, expression: Value | int | float) -> Pattern:
         """The pattern with its running score replaced by ``expression``, in which it appears as ``score``."""

@@ -19,6 +19,8 @@ class Settings:
     deterministic: bool | None = None
     block_size: int = 128
     kernel_options: tuple[tuple[str, Any], ...] = ()
+    dynamic: bool = True
+    recompile_budget: int = 8
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -30,6 +32,9 @@ class Settings:
             raise SettingError("fallback", got=repr(self.fallback), expected="None or 'reference'")
         if self.deterministic not in (None, True, False):
             raise SettingError("deterministic", got=repr(self.deterministic), expected="None, True or False")
+        budget = self.recompile_budget
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise SettingError("recompile_budget", got=repr(budget), expected="an integer of at least 1")
         size = self.block_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 16 or size % 16:
             raise SettingError("block_size", got=repr(size), expected="a multiple of 16, such as 128")

@@ -101,6 +101,9 @@ def load_bounds(tensor: Tensor, index: list[Bounds], kind: Kind) -> Bounds:
 
 def _range_extremes(values: Tensor, index: list[Bounds], dim: int, kind: Kind) -> Bounds:
     """Minima and maxima over [low, high] along one dimension, from two overlapping power-of-two windows."""
+    if dim == values.dim() - 1 and never_falls(values):
+        low, high = (values[(*(i.low for i in index[:dim]), end)] for end in (index[dim].low, index[dim].high))
+        return _widened(low, high, kind)
     spans = index[dim].high - index[dim].low + 1
     levels = torch.log2(spans.double()).floor().long()
     # log2 of an exact power of two is exact, and below 2^53 it cannot round up to the next integer.
@@ -111,17 +114,24 @@ def _range_extremes(values: Tensor, index: list[Bounds], dim: int, kind: Kind) -
         low_of.append(_pairs(low_of[-1], dim, width, torch.minimum))
         high_of.append(_pairs(high_of[-1], dim, width, torch.maximum))
     others = [i.low for i in index]
-    low, high = None, None
+    least: Tensor | None = None
+    greatest: Tensor | None = None
     for level in levels.unique().tolist():
         starts = (index[dim].low, (index[dim].high - (1 << level) + 1).clamp(min=0))
         here = [[*others[:dim], start, *others[dim + 1 :]] for start in starts]
         lows = torch.minimum(*(low_of[level][tuple(at)] for at in here))
         highs = torch.maximum(*(high_of[level][tuple(at)] for at in here))
-        low = lows if low is None else torch.where(levels == level, lows, low)
-        high = highs if high is None else torch.where(levels == level, highs, high)
-    assert low is not None
-    assert high is not None
-    return _widened(low, high, kind)
+        least = lows if least is None else torch.where(levels == level, lows, least)
+        greatest = highs if greatest is None else torch.where(levels == level, highs, greatest)
+    assert least is not None
+    assert greatest is not None
+    return _widened(least, greatest, kind)
+
+
+def never_falls(tensor: Tensor) -> bool:
+    """Whether no entry is below the one before it along the last dimension, as the ids of packed documents."""
+    row = tensor[:1] if tensor.dim() == 2 and tensor.stride(0) == 0 else tensor
+    return bool((row[..., 1:] >= row[..., :-1]).all())
 
 
 def _pairs(values: Tensor, dim: int, width: int, extreme: Callable[..., Tensor]) -> Tensor:
@@ -244,9 +254,11 @@ def _rising(function: Callable[[Tensor], Tensor], *, slack: float = 1e-6) -> Cal
 
     def rule(a: Bounds) -> Bounds:
         low, high = function(a.low), function(a.high)
+        # Where part of the range is outside the domain, some values are NaN, and nothing is decided.
+        undefined = torch.isnan(low) | torch.isnan(high)
         low = torch.nan_to_num(low - slack * (1 + low.abs()), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         high = torch.nan_to_num(high + slack * (1 + high.abs()), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        return Bounds(low, high)
+        return Bounds(low.masked_fill(undefined, -torch.inf), high.masked_fill(undefined, torch.inf))
 
     return rule
 

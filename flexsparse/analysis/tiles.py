@@ -1,18 +1,27 @@
-"""EMPTY, FULL or PARTIAL for every tile of queries x keys, from bounds; no element is evaluated."""
+"""EMPTY, FULL or PARTIAL for every tile of queries x keys, as lists; no S x S work.
+
+Masks are first solved for kv, one row of tiles at a time (``bands``). Tiles that this leaves open are decided
+from bounds, and where those do not decide, by halving (``decide``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexsparse.analysis.bands import rows
 from flexsparse.analysis.bounds import Bounds, Region, bounds
+from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, decide
+from flexsparse.analysis.intervals import Intervals, normal
+from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
 from flexsparse.ir.nodes import Load, Node, Symbol, walk
 from flexsparse.ir.program import Selected
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors"]
 
 
 @dataclass(frozen=True)
@@ -28,24 +37,49 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tiles:
-    """``kinds`` [B or 1, H or 1, ceil(q_len / block), ceil(kv_len / block)] uint8 of EMPTY, PARTIAL, FULL.
+    """The tiles that are not EMPTY: ``partial`` and ``full`` list the key tiles of each row of query tiles.
 
-    Sound always: an EMPTY tile has no pair, a FULL tile all of them. A PARTIAL tile may turn out to be either.
+    Rows are [B or 1, H or 1, ceil(q_len / block)]. Sound always: a tile in neither list has no pair, a FULL tile
+    has all of them. ``undecided`` counts PARTIAL tiles that may be either; 0 means that the classes are exact.
     Tiles that hang over the end of the queries or keys are never FULL.
     """
 
-    kinds: Tensor
+    partial: Spans | Listed
+    full: Spans | Listed
     block: int
     sizes: Sizes
+    undecided: int = 0
+    _grid: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def q_tiles(self) -> int:
+        return -(-self.sizes.q_len // self.block)
+
+    @property
+    def kv_tiles(self) -> int:
+        return -(-self.sizes.kv_len // self.block)
+
+    @property
+    def kinds(self) -> Tensor:
+        """The dense grid [B or 1, H or 1, T_q, T_kv] uint8, made when asked for; for pictures and small sizes."""
+        if not self._grid:
+            shape = (*self.partial.count.shape, self.kv_tiles)
+            grid = torch.zeros(shape, dtype=torch.uint8, device=self.partial.count.device)
+            for tiles, kind in ((self.partial, PARTIAL), (self.full, FULL)):
+                grid[tiles.listed().coordinates()] = kind
+            self._grid.append(grid)
+        return self._grid[0]
 
     def count(self, kind: int) -> int:
         """How many tiles of a kind there are, over all rows and heads of the attention."""
-        copies = self.sizes.batch * self.sizes.heads // (self.kinds.shape[0] * self.kinds.shape[1])
-        return int((self.kinds == kind).sum()) * copies
+        rows_, heads, _ = self.partial.count.shape
+        copies = self.sizes.batch * self.sizes.heads // (rows_ * heads)
+        partial, full = (int(x.count.sum(dtype=torch.long)) * copies for x in (self.partial, self.full))
+        return {PARTIAL: partial, FULL: full, EMPTY: self.total - partial - full}[kind]
 
     @property
     def total(self) -> int:
-        return self.sizes.batch * self.sizes.heads * self.kinds.shape[2] * self.kinds.shape[3]
+        return self.sizes.batch * self.sizes.heads * self.q_tiles * self.kv_tiles
 
 
 def depends_on(node: Node, symbol: str) -> bool:
@@ -56,7 +90,7 @@ def depends_on(node: Node, symbol: str) -> bool:
 def classify(
     mask: Node,
     sizes: Sizes,
-    tensors: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Any] | None = None,
     *,
     block: int = 128,
     device: torch.device | str = "cpu",
@@ -67,38 +101,93 @@ def classify(
     by name. A mask that does not depend on the row (or the head) is classified for one.
     """
     device = torch.device(device)
-    rows = sizes.batch if depends_on(mask, "b") else 1
-    heads = sizes.heads if depends_on(mask, "h") else 1
+    count = (
+        sizes.batch if depends_on(mask, "b") else 1,
+        sizes.heads if depends_on(mask, "h") else 1,
+        -(-sizes.q_len // block),
+    )
+    region = _region(sizes, tensors or {}, count, block, device)
+    found = rows(mask, region)
+    may, must = (_expanded(x, count) for x in (found.may, found.must))
+    touched = _touched(may, sizes.kv_len, block)
+    full = _covered(must, sizes, block)
+    open_tiles = Spans(_without(touched, full)).listed()
+    if not len(open_tiles.column):
+        return Tiles(Spans(_without(touched, full)), Spans(full), block, sizes)
+    kind, undecided = decide(mask, _boxes(open_tiles, sizes, block), region)
+    ragged = _ragged(open_tiles, sizes, block)
+    kind = torch.where(ragged & (kind == FULL), PARTIAL, kind)
+    if bool((kind == PARTIAL).all()):
+        return Tiles(Spans(_without(touched, full)), Spans(full), block, sizes, undecided)
+    partial = from_mask(open_tiles, kind == PARTIAL)
+    all_full = merged(Spans(full), from_mask(open_tiles, kind == FULL))
+    return Tiles(partial, all_full, block, sizes, undecided)
 
-    def points(count: int, dim: int) -> Bounds:
-        shape = [1, 1, 1, 1]
-        shape[dim] = count
-        value = torch.arange(count, device=device).reshape(shape)
+
+def _region(
+    sizes: Sizes, tensors: Mapping[str, Any], count: tuple[int, int, int], block: int, device: torch.device
+) -> Region:
+    def points(number: int, *shape: int) -> Bounds:
+        value = torch.arange(number, device=device).reshape(shape)
         return Bounds(value, value)
 
-    def stretches(length: int, offset: int, dim: int) -> Bounds:
-        starts = torch.arange(0, length, block, device=device)
-        shape = [1, 1, 1, 1]
-        shape[dim] = len(starts)
-        ends = (starts + block).clamp(max=length) - 1
-        return Bounds((starts + offset).reshape(shape), (ends + offset).reshape(shape))
-
+    starts = torch.arange(0, sizes.q_len, block, device=device)
+    ends = (starts + block).clamp(max=sizes.q_len) - 1
+    every_key = Bounds(torch.tensor(0, device=device), torch.tensor(sizes.kv_len - 1, device=device))
     ranges = {
-        "b": points(rows, 0),
-        "h": points(heads, 1),
-        "q": stretches(sizes.q_len, sizes.q_offset, 2),
-        "kv": stretches(sizes.kv_len, 0, 3),
+        "b": points(count[0], -1, 1, 1),
+        "h": points(count[1], 1, -1, 1),
+        "q": Bounds((starts + sizes.q_offset).reshape(1, 1, -1), (ends + sizes.q_offset).reshape(1, 1, -1)),
+        "kv": every_key,
     }
-    named = {"q_len": sizes.q_len, "kv_len": sizes.kv_len, "heads": sizes.heads}
-    found = bounds(mask, Region(ranges, named, tensors or {}, device))
-    kinds = found.high.to(torch.uint8) + found.low.to(torch.uint8)
-    shape = (rows, heads, ranges["q"].low.shape[2], ranges["kv"].low.shape[3])
-    kinds = kinds.expand(shape).contiguous()
-    if sizes.q_len % block:
-        kinds[:, :, -1].clamp_(max=PARTIAL)
-    if sizes.kv_len % block:
-        kinds[..., -1].clamp_(max=PARTIAL)
-    return Tiles(kinds, block, sizes)
+    return Region(ranges, _named(sizes), tensors, device)
+
+
+def _named(sizes: Sizes) -> dict[str, int]:
+    return {"q_len": sizes.q_len, "kv_len": sizes.kv_len, "heads": sizes.heads}
+
+
+def _expanded(x: Intervals, count: tuple[int, int, int]) -> Intervals:
+    shape = (*count, x.low.shape[-1])
+    return Intervals(x.low.expand(shape), x.high.expand(shape), x.size)
+
+
+def _touched(may: Intervals, kv_len: int, block: int) -> Intervals:
+    """Tiles that hold a key of ``may``."""
+    empty = may.low > may.high
+    low = (may.low // block).masked_fill(empty, kv_len)
+    high = (may.high // block).masked_fill(empty, -1)
+    return normal(low, high, -(-kv_len // block))
+
+
+def _covered(must: Intervals, sizes: Sizes, block: int) -> Intervals:
+    """Whole tiles inside ``must``, the ragged ones left out."""
+    low = (must.low + block - 1) // block
+    high = (must.high + 1) // block - 1
+    tiles = normal(low, high, -(-sizes.kv_len // block), apart=True)
+    if sizes.q_len % block == 0:
+        return tiles
+    last = torch.arange(tiles.low.shape[-2], device=tiles.low.device) == tiles.low.shape[-2] - 1
+    ragged = last.unsqueeze(-1)
+    return Intervals(tiles.low.masked_fill(ragged, tiles.size), tiles.high.masked_fill(ragged, -1), tiles.size)
+
+
+def _without(touched: Intervals, full: Intervals) -> Intervals:
+    return touched & ~full
+
+
+def _boxes(tiles: Listed, sizes: Sizes, block: int) -> Boxes:
+    b, h, row, column = tiles.coordinates()
+    q_low, kv_low = row * block + sizes.q_offset, column * block
+    q_high = (q_low + block - 1).clamp(max=sizes.q_offset + sizes.q_len - 1)
+    return Boxes(b, h, q_low, q_high, kv_low, (kv_low + block - 1).clamp(max=sizes.kv_len - 1))
+
+
+def _ragged(tiles: Listed, sizes: Sizes, block: int) -> Tensor:
+    """Which tiles hang over the end of the queries or keys."""
+    _, _, row, column = tiles.coordinates()
+    over_q = (row + 1) * block > sizes.q_len
+    return over_q | ((column + 1) * block > sizes.kv_len)
 
 
 def index_errors(node: Node, sizes: Sizes, tensors: Mapping[str, Tensor]) -> list[tuple[Load, int, int, int]]:
@@ -114,8 +203,7 @@ def index_errors(node: Node, sizes: Sizes, tensors: Mapping[str, Tensor]) -> lis
         "q": span(sizes.q_offset, sizes.q_len),
         "kv": span(0, sizes.kv_len),
     }
-    named = {"q_len": sizes.q_len, "kv_len": sizes.kv_len, "heads": sizes.heads}
-    region = Region(ranges, named, tensors, device)
+    region = Region(ranges, _named(sizes), tensors, device)
     found = []
     for load in {n for n in walk(node) if isinstance(n, Load)}:
         for dim, index in enumerate(load.index):

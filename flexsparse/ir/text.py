@@ -15,6 +15,7 @@ from flexsparse.ir.nodes import (
     Scored,
     SelectionNode,
     Symbol,
+    mentions,
 )
 
 _ATOM = 10
@@ -54,7 +55,7 @@ def _render(node: Node) -> tuple[str, int]:
             return call_text(name, arguments), _ATOM
         case SelectionNode():
             return call_text("topk", selection_arguments(node)), _ATOM
-        case Scored(pattern, Apply("add", (Symbol("score"), term))):
+        case Scored(pattern, Apply("add", (Symbol("score"), term))) if not mentions(term, "score"):
             return f"{_operand(pattern, 'add')} + {_wrap(term, 7)}", 6
         case Scored(pattern, expression):
             return f"{_wrap(pattern, _ATOM)}.score({text(expression)})", _ATOM

@@ -80,3 +80,12 @@ def refuse_outside(program: Program, shapes: Shapes, buffers: Mapping[str, Any])
                 expected=f"indices from 0 to {size - 1} for every query and key, hidden ones included",
                 mend=f"Clamp it: minimum(maximum({text(load.index[dim])}, 0), {size - 1}).",
             )
+
+
+def sequence_dims(program: Program, name: str) -> tuple[int, ...]:
+    """The dimensions of a tensor that ``make_buffers`` makes which change with the lengths."""
+    for spec in program.tensors:
+        if spec.name == name:
+            return tuple(n for n, dim in enumerate(spec.dims) if dim in ("s", "q"))
+    derived = {n for i in range(len(program.selections)) for n in selection_arguments(program, i)}
+    return (2,) if name in derived else ()

@@ -25,7 +25,10 @@ _CHUNK_ELEMENTS = 1 << 21
 
 @dataclass(frozen=True)
 class Work:
-    """What one call computes. ``build`` turns tensors (in the order of ``names``) into the generated functions."""
+    """What one call computes. ``build`` turns tensors (in the order of ``names``) into the generated functions.
+
+    ``sequence_dims`` names, for each tensor, the dimensions that change with the lengths.
+    """
 
     shapes: Shapes
     tiles: Tiles
@@ -33,6 +36,7 @@ class Work:
     names: tuple[str, ...]
     constants: dict[str, Any]
     build: Callable[..., dict[str, Any]]
+    sequence_dims: tuple[tuple[int, ...], ...] = ()
 
     def functions(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
         return self.build(**self.constants, **dict(zip(self.names, tensors, strict=True)))

@@ -5,104 +5,34 @@ A gate on V is applied through two calls: out = flex(s + log m) * exp(lse(s + lo
 
 from __future__ import annotations
 
-import types
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse import _torch
-from flexsparse.analysis.tiles import FULL, PARTIAL, Tiles
-from flexsparse.errors import BackendError, BackendNotice
+from flexsparse.codegen.block_mask import block_lists
 from flexsparse.runtime.chunked import Work, gradients
+from flexsparse.runtime.launcher import Launcher, mark_dynamic
+from flexsparse.settings import Settings
 
 
-def make_block_mask(tiles: Tiles, mask_mod: Callable[..., Tensor]) -> BlockMask:
-    """torch's BlockMask with the PARTIAL tiles in its lists and the FULL ones in its full lists."""
-    partial, full = ((tiles.kinds == kind) for kind in (PARTIAL, FULL))
+class Launchers:
+    """The compiled launchers of one pattern: one for its scores, one with the gate on V, each with its own builds."""
 
-    def listed(marked: Tensor) -> tuple[Tensor, Tensor]:
-        count = marked.sum(-1, dtype=torch.int32)
-        # A stable descending sort of the marks puts the marked columns first, in order.
-        order = marked.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        return count, order.to(torch.int32).contiguous()
+    def __init__(self, name: str, settings: Settings, compiled: bool) -> None:
+        self.plain = Launcher(f"attend_{name}", settings, compiled)
+        self.gated = Launcher(f"attend_gated_{name}", settings, compiled)
 
-    lists = (*listed(partial), *listed(full))
-    return _torch.block_mask_from_lists(*lists, tiles.block, mask_mod, tiles.sizes.q_len, tiles.sizes.kv_len)
-
-
-# What to try, in order, where a kernel needs more shared memory than the GPU has.
-_SMALLER: tuple[dict[str, Any], ...] = (
-    {"num_stages": 2},
-    {"num_stages": 1},
-    {"num_stages": 1, "BLOCK_M": 64, "BLOCK_N": 64},
-    {"num_stages": 1, "BLOCK_M": 32, "BLOCK_N": 32},
-)
-_TOO_LARGE = ("out of resource", "No valid triton configs", "OutOfResources")
-
-
-class Launcher:
-    """flex_attention compiled for one pattern, in a frame of its own.
-
-    Dynamo counts recompilations by code object; a copy of the code keeps patterns from using up each other's
-    budget, and fullgraph keeps a failure from turning into eager execution. ``kernel_options`` are the caller's;
-    where a kernel does not fit the GPU's shared memory, smaller ones are tried and the choice is announced.
-    """
-
-    def __init__(self, compiled: bool, kernel_options: dict[str, Any] | None) -> None:
-        attend = _torch.attend
-        own = types.FunctionType(attend.__code__.replace(), attend.__globals__, "flexsparse_attend")
-        self.run: Callable[..., Any] = torch.compile(own, fullgraph=True) if compiled else own
-        self.compiled = compiled
-        self.options = [kernel_options or {}]
-        if not kernel_options:
-            self.options += _SMALLER
-
-    def __call__(
-        self, work: Work, operands: tuple[Tensor, ...], score_mod: Any, mask: BlockMask, with_lse: bool
-    ) -> Any:
-        gqa = work.shapes.heads != work.shapes.kv_heads
-        arguments = (*operands, score_mod, mask, work.scale, gqa, with_lse)
-        if not self.compiled:
-            with _torch.eager_gradients_on_cpu():
-                return self.run(*arguments, None)
-        while True:
-            try:
-                return self.run(*arguments, dict(self.options[0]) or None)
-            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError) as error:
-                if not any(sign in str(error) for sign in _TOO_LARGE) or len(self.options) == 1:
-                    raise _cannot_build(work, error) from error
-            del self.options[0]
-            warnings.warn(
-                f"FlexAttention's kernel does not fit the shared memory of {work.shapes.device}; "
-                f"building it with kernel_options={self.options[0]}.",
-                BackendNotice,
-                stacklevel=2,
-            )
-
-
-def _cannot_build(work: Work, error: BaseException) -> BackendError:
-    return BackendError(
-        "backend='flex'",
-        got=f"{type(error).__name__}: {_first_line(error)}",
-        expected=f"flex_attention to run here (torch {torch.__version__}, {work.shapes.device})",
-        mend="Use backend='chunked', which is exact and slower, or pass fallback='reference' to allow the dense "
-        "oracle; attn.source shows the generated functions.",
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+    @property
+    def builds(self) -> int:
+        """How many kernels were built so far."""
+        return len(self.plain.builds) + len(self.gated.builds)
 
 
 def attend_flex(
     work: Work,
-    launcher: Launcher,
+    launchers: Launchers,
     operands: tuple[Tensor, Tensor, Tensor],
     tensors: tuple[Tensor, ...],
     recomputed: tuple[bool, ...],
@@ -110,15 +40,23 @@ def attend_flex(
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out and, if needed, lse. ``recomputed`` marks the tensors whose gradients are computed without atomics."""
-    inside = tuple(t.detach() if r else t for t, r in zip(tensors, recomputed, strict=True))
+    inside = tuple(
+        mark_dynamic(t.detach() if r else t, dims, launchers.plain.settings)
+        for t, r, dims in zip(tensors, recomputed, work.sequence_dims, strict=True)
+    )
     functions = work.functions(inside)
-    block_mask = make_block_mask(work.tiles, functions["mask_mod"])
+    lists = block_lists(work.tiles)
+    common = (work.shapes, work.scale, operands)
+    plain = (functions["mask_mod"], functions["score_mod"])
     carried = any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True))
     if functions["gated_score_mod"] is None:
-        out, lse = launcher(work, operands, functions["score_mod"], block_mask, needs_lse or carried)
+        out, lse = launchers.plain(*common, plain, lists, needs_lse or carried)
     else:
-        _, lse = launcher(work, operands, functions["score_mod"], block_mask, True)
-        gated, gated_lse = launcher(work, operands, functions["gated_score_mod"], block_mask, True)
+        _, lse = launchers.plain(*common, plain, lists, True)
+        both = (functions["mask_mod"], functions["gated_score_mod"])
+        gated, gated_lse = launchers.gated(*common, both, lists, True)
+        assert lse is not None
+        assert gated_lse is not None
         empty = torch.isneginf(lse)
         # The difference of two -inf is NaN; such rows are 0.
         share = torch.exp(torch.where(empty, 0.0, gated_lse) - torch.where(empty, 0.0, lse))

@@ -1,0 +1,100 @@
+"""Sets of integers as a few disjoint, sorted intervals, for whole arrays of rows at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """For each row the union of ``[low, high]`` over the last dimension; low > high is an empty slot.
+
+    low, high [..., M] int64, sorted and apart from each other; empty slots stand last with low = size, high = -1.
+    ``size`` bounds the members: 0 <= x < size.
+    """
+
+    low: Tensor
+    high: Tensor
+    size: int
+
+    def __and__(self, other: Intervals) -> Intervals:
+        low = torch.maximum(self.low.unsqueeze(-1), other.low.unsqueeze(-2)).flatten(-2)
+        high = torch.minimum(self.high.unsqueeze(-1), other.high.unsqueeze(-2)).flatten(-2)
+        return normal(low, high, self.size, apart=True)
+
+    def __or__(self, other: Intervals) -> Intervals:
+        parts = [(x.low, x.high) for x in (self, other)]
+        shape = torch.broadcast_shapes(*(low.shape[:-1] for low, _ in parts))
+        low, high = (torch.cat([p[i].expand(*shape, -1) for p in parts], -1) for i in (0, 1))
+        return normal(low, high, self.size)
+
+    def __invert__(self) -> Intervals:
+        edge = torch.zeros_like(self.low[..., :1])
+        low = torch.cat((edge, self.high + 1), -1)
+        high = torch.cat((self.low - 1, edge + self.size - 1), -1)
+        # Empty slots have high = -1 and low = size: their gaps repeat the last one, and merging makes them one.
+        low = torch.cummax(low, -1).values
+        return normal(low, high.clamp(max=self.size - 1), self.size)
+
+    @property
+    def count(self) -> Tensor:
+        """How many members each row has."""
+        return (self.high - self.low + 1).clamp(min=0).sum(-1)
+
+
+def normal(low: Tensor, high: Tensor, size: int, *, apart: bool = False) -> Intervals:
+    """Clip to [0, size), sort, merge what touches, and drop slots that are empty in every row.
+
+    ``apart`` says that no two intervals of a row overlap or touch.
+    """
+    low, high = low.clamp(min=0), high.clamp(max=size - 1)
+    empty = low > high
+    low, high = low.masked_fill(empty, size), high.masked_fill(empty, -1)
+    if low.shape[-1] > 1:
+        low, order = low.sort(dim=-1)
+        high = high.gather(-1, order)
+        if not apart:
+            low, high = _merged(low, high, size)
+    used = int((low <= high).sum(-1).max()) if low.numel() else 0
+    used = max(used, 1)
+    return Intervals(low[..., :used], high[..., :used], size)
+
+
+def _merged(low: Tensor, high: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Unite intervals, sorted by their lower end, that overlap or touch."""
+    reach = high.cummax(-1).values
+    before = torch.nn.functional.pad(reach[..., :-1], (1, 0), value=-2)
+    # An interval that starts beyond all before it opens a group, which ends where the next one opens.
+    opens = low > before + 1
+    closing = torch.nn.functional.pad(opens[..., 1:], (0, 1), value=True)
+    group = opens.long().cumsum(-1) - 1
+    starts = torch.full_like(low, size).scatter_reduce_(-1, group, low, "amin")
+    ends = torch.full_like(high, -1).scatter_reduce_(-1, group, torch.where(closing, reach, -1), "amax")
+    empty = starts > ends
+    return starts.masked_fill(empty, size), ends.masked_fill(empty, -1)
+
+
+def everything(size: int, device: torch.device) -> Intervals:
+    """All of [0, size), as one row that broadcasts."""
+    return Intervals(torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), size - 1, device=device), size)
+
+
+def nothing(size: int, device: torch.device) -> Intervals:
+    """The empty set, as one row that broadcasts."""
+    return Intervals(torch.full((1,), size, device=device), torch.full((1,), -1, device=device), size)
+
+
+def where(condition: Tensor, this: Intervals, other: Intervals) -> Intervals:
+    """``this`` in the rows where ``condition`` [...] holds, else ``other``."""
+    slots = max(this.low.shape[-1], other.low.shape[-1])
+
+    def padded(x: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=fill)
+
+    chosen = condition.unsqueeze(-1)
+    low = torch.where(chosen, padded(this.low, this.size), padded(other.low, this.size))
+    high = torch.where(chosen, padded(this.high, -1), padded(other.high, -1))
+    return Intervals(low, high, this.size)

@@ -1,0 +1,60 @@
+"""``block_mask``: torch's BlockMask of a pattern, for use with plain flex_attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexsparse.codegen.block_mask import make_block_mask
+from flexsparse.errors import ShapeError
+from flexsparse.expression import Pattern
+from flexsparse.parser import parse
+from flexsparse.pipeline import classify_tiles, compile_pattern
+from flexsparse.runtime.buffers import make_buffers, refuse_outside
+from flexsparse.runtime.inputs import Shapes, check_captured
+from flexsparse.settings import Settings
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def block_mask(
+    pattern: Pattern | str,
+    q_len: int,
+    kv_len: int | None = None,
+    batch: int = 1,
+    heads: int = 1,
+    device: torch.device | str | None = None,
+    block_size: int = 128,
+    **captured: Tensor | None,
+) -> BlockMask:
+    """The BlockMask of a pattern: which tiles of queries x keys are empty, partial or full, and its mask_mod.
+
+    ``kv_len`` defaults to q_len, ``device`` to that of the captured tensors, else the default device. A mask that
+    does not depend on batch or head has 1 in their place, which flex_attention broadcasts. Only the mask is used:
+    scores and gates of the pattern are left out (``Pattern.to_flex`` gives those that FlexAttention can express).
+    Work and memory grow with the tiles that exist; captured tensors enter through range minima and maxima. Rows
+    of a large mask may share the storage of their indices, and its index tensors may be narrower than the number
+    of key tiles; ``BlockMask.to_dense`` needs the full width, which masks up to 16 MiB of indices have.
+    Raises ShapeError for lengths below 1 and the errors of a call for captured tensors.
+    """
+    expression = parse(pattern) if isinstance(pattern, str) else pattern
+    kv_len = q_len if kv_len is None else kv_len
+    for name, size in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("heads", heads)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
+    settings = Settings(block_size=block_size)
+    compiled = compile_pattern(expression.node)
+    tensors = [t for t in captured.values() if isinstance(t, Tensor)]
+    if device is None:
+        device = tensors[0].device if tensors else torch.get_default_device()
+    where = torch.empty(0, device=device).device
+    shapes = Shapes(batch, heads, heads, q_len, kv_len, 64, 64, torch.float32, where)
+    buffers = make_buffers(compiled.program, shapes, check_captured(compiled.program, shapes, captured, validate=True))
+    refuse_outside(compiled.program, shapes, buffers)
+    tiles = classify_tiles(compiled.program, shapes, settings, buffers)
+    generated = compiled.generated
+    functions = generated.build(**{name: buffers[name] for name in generated.arguments})
+    return make_block_mask(tiles, functions["mask_mod"])
