@@ -26,6 +26,7 @@ from flexsparse.ir.nodes import (
     Kind,
     Load,
     Node,
+    Opaque,
     Symbol,
     walk,
 )
@@ -91,13 +92,19 @@ def generate(program: Program, title: str, *, offset: bool = False) -> Generated
 
 
 def _arguments(program: Program, offset: bool) -> tuple[str, ...]:
-    names = [spec.name for spec in program.tensors if _is_loaded(program, spec.name)]
+    names = [opaque_name(n) for n in range(len(program.opaque))]
+    names += [spec.name for spec in program.tensors if _is_loaded(program, spec.name)]
     names += [table_name(n) for n in range(len(program.tables)) if _is_loaded(program, table_name(n))]
     for number in range(len(program.selections)):
         names += selection_arguments(program, number)
     mentioned = {n.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Symbol)}
     names += [name for name in SIZE_SYMBOLS if name in mentioned]
     return (*names, "q_offset") if offset else tuple(names)
+
+
+def opaque_name(number: int) -> str:
+    """The name under which ``build`` takes the ``number``-th function that could not be traced."""
+    return f"opaque_{number}"
 
 
 def _is_loaded(program: Program, name: str) -> bool:
@@ -149,7 +156,7 @@ def _function(name: str, parameters: str, offset: bool, comment: str, body: list
 
 
 def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
-    emitter = _Emitter("torch.float32", hoisted)
+    emitter = _Emitter("torch.float32", hoisted, program.opaque)
     if isinstance(program.mask, Constant):
         body = "return kv >= 0" if program.mask.value else "return kv < 0"
     else:
@@ -168,7 +175,7 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], *,
     if value_gate and program.gate_v == one:
         return ""
     steps: list[tuple[str, Node]] = []
-    emitter = _Emitter("score.dtype", hoisted)
+    emitter = _Emitter("score.dtype", hoisted, program.opaque)
     body: list[str] = []
     if program.gate_k != one:
         body.append(f"gate = {emitter.emit(program.gate_k)}")
@@ -203,8 +210,9 @@ def _value_gate_function(program: Program, offset: bool, hoisted: dict[Node, str
 class _Emitter:
     """Nodes to Python text over torch. Scalars (sizes and constants) are computed by Python itself."""
 
-    def __init__(self, real_dtype: str, hoisted: dict[Node, str] | None) -> None:
+    def __init__(self, real_dtype: str, hoisted: dict[Node, str] | None, opaque: tuple[Opaque, ...] = ()) -> None:
         self.real_dtype = real_dtype
+        self.opaque = opaque
         self.hoisted = hoisted
 
     def emit(self, node: Node) -> str:
@@ -232,6 +240,12 @@ class _Emitter:
                 return repr(value) if value not in (float("inf"), -float("inf")) else f'float("{value}")', 10
             case Symbol(name):
                 return name, 10
+            case Load(tensor, ()):
+                return tensor.name, 10
+            case Opaque(function, _, args):
+                number = next(n for n, known in enumerate(self.opaque) if known.function is function)
+                given = [*(self.emit(a) for a in args), "b", "h", "q", "kv"]
+                return f"{opaque_name(number)}({', '.join(given)})", 10
             case Load(tensor, index):
                 return f"{tensor.name}[{', '.join(self.emit(i) for i in index)}]", 10
             case Selected(n):
@@ -334,7 +348,7 @@ class _Emitter:
 
 def is_uniform(node: Node) -> bool:
     """Whether the node is one number for the whole call: constants and sizes only."""
-    if isinstance(node, Load | Selected | Gate):
+    if isinstance(node, Load | Selected | Gate | Opaque):
         return False
     if isinstance(node, Symbol):
         return node.name in SIZE_SYMBOLS

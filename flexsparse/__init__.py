@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flexsparse.errors import BackendNotice, FlexsparseError
     from flexsparse.language import captured, pattern, per_head, topk
     from flexsparse.parser import parse
+    from flexsparse.trace import from_flex
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "captured": "language",
     "compile": "compiler",
     "dense_mask": "dense",
+    "from_flex": "trace",
     "parse": "parser",
     "pattern": "language",
     "per_head": "language",
@@ -45,6 +47,7 @@ __all__ = [
     "captured",
     "compile",
     "dense_mask",
+    "from_flex",
     "parse",
     "pattern",
     "per_head",

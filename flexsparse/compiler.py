@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from flexsparse.codegen.flex import opaque_name
 from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.explanation import Explanation
@@ -23,7 +24,7 @@ from flexsparse.plan import Plan, learnable_names
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
 from flexsparse.runtime.flex import Launchers, attend_flex
-from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of
+from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
 
 STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "plan")
@@ -154,13 +155,14 @@ class CompiledAttention:
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
         """
         shapes = shapes_of(query, key, value, q_offset)
-        inputs = [query, key, value, *(t for t in captured.values() if isinstance(t, Tensor))]
+        given = with_values(self._expression.node, captured)
+        inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         shapes = replace(shapes, needs_grad=needs_grad)
         factor = check_scale(scale, shapes.head_dim)
         compiled = compile_pattern(self._expression.node, q_offset != 0)
         try:
-            bound = bind_call(compiled, shapes, captured, self._settings, validate=validate)
+            bound = bind_call(compiled, shapes, given, self._settings, validate=validate)
             self._bound = BoundAttention(self, bound.plan)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":
@@ -170,7 +172,6 @@ class CompiledAttention:
             if self._settings.fallback is None:
                 raise
             warnings.warn(f"Running the dense reference instead: {error}", BackendNotice, stacklevel=2)
-        given = {name: tensor for name, tensor in captured.items() if tensor is not None}
         return reference(
             self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given
         )
@@ -251,12 +252,13 @@ class CompiledAttention:
     ) -> tuple[Tensor, Any]:
         offset = bound.plan.shapes.q_offset != 0
         generated = compile_pattern(self._expression.node, offset).generated
-        values = {name: bound.buffers[name] for name in generated.arguments}
+        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
         names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
         constants = {name: value for name, value in values.items() if name not in names}
         tensors = tuple(values[name] for name in names)
         dims = tuple(sequence_dims(self.ir, name) for name in names)
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims)
+        opaque = {opaque_name(n): leaf.function for n, leaf in enumerate(self.ir.opaque)}
+        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors)
         learnable = learnable_names(self.ir)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
-from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Named, Node, PerHead, Scored, SelectionNode, Symbol
+from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Named, Node, Opaque, PerHead, Scored, SelectionNode, Symbol
 from flexsparse.parser import parse
 
 # The meaning of every operation on tensors, by Python's rules for integers.
@@ -213,8 +213,13 @@ class _Evaluator:
                 return torch.tensor(size, device=self.sizes.device)
             case Named(_, _, body):
                 return self.number(body, running, dtype)
+            case Opaque(function, _, args):
+                given = [self.number(a, running, dtype) for a in args]
+                given += [self.sizes.grid(name) for name in ("b", "h", "q", "kv")]
+                shape = torch.broadcast_shapes(*(x.shape for x in given))
+                return torch.vmap(function)(*(x.expand(shape).flatten() for x in given)).reshape(shape)
             case Load(spec, index):
-                tensor = self.tensor(spec.name)
+                tensor = self.tensor(spec.name, spec.value)
                 if spec.encoding == "boundaries":
                     positions = torch.arange(max(self.sizes.kv_len, self.sizes.q_len), device=tensor.device)
                     tensor = (positions[:, None] >= tensor[None, 1:]).sum(1)
@@ -238,8 +243,11 @@ class _Evaluator:
                 return _MEANING[op](*values)
         raise AssertionError(f"no meaning for {type(node).__name__}")
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, value: Tensor | None = None) -> Tensor:
+        """The captured tensor of that name, or the one that came with the expression."""
         if name not in self.captured:
+            if value is not None:
+                return value
             raise CapturedError(name, got="nothing", expected="a tensor", mend=f"Pass {name}=... to the call.")
         return self.captured[name]
 

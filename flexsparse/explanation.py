@@ -60,6 +60,10 @@ class Explanation:
                 f"tiles     {tiles.total:,} of {tiles.block} x {tiles.block}: {tiles.full:,} full, "
                 f"{tiles.partial:,} partial, {tiles.empty:,} empty ({tiles.density:.1%} computed)"
             )
+            exact = (
+                "exact" if not tiles.undecided else f"sound; {tiles.undecided:,} partial tiles could not be proved so"
+            )
+            lines.append(f"classes   {exact}")
             lines.append(f"work      {self.plan.flops or 0:.3g} floating-point operations forward, in whole tiles")
         lines.append(f"mask      {self.plan.mask_rows} row(s) x {self.plan.mask_heads} head(s)")
         lines += [f"note      {note}" for note in self.plan.notes]
@@ -76,4 +80,5 @@ def _tiles_dict(tiles: TileCounts) -> dict[str, Any]:
         "partial": tiles.partial,
         "empty": tiles.empty,
         "density": tiles.density,
+        "undecided": tiles.undecided,
     }

@@ -178,6 +178,12 @@ class Pattern(Expression):
         """The pattern with its running score replaced by ``expression``, in which it appears as ``score``."""
         return pattern_of(Scored(self._node, lift(expression, "the score expression", Kind.REAL)))
 
+    def to_flex(self, **options: Any) -> tuple[Any, Any]:
+        """(mask_mod, score_mod) for plain flex_attention; options as in ``flexsparse.trace.to_flex``."""
+        from flexsparse.trace import to_flex
+
+        return to_flex(self, **options)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pattern) and self._node == other._node
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexsparse.analysis.tiles import Tiles, classify
 from flexsparse.codegen.flex import Generated, generate
 from flexsparse.ir.lower import lower
-from flexsparse.ir.nodes import Load, Node, walk
+from flexsparse.ir.nodes import Load, Node, Opaque, walk
 from flexsparse.ir.program import Program, Selected
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
@@ -48,7 +48,7 @@ def compile_pattern(pattern: Node, offset: bool = False) -> Compiled:
 
 
 def bind_call(
-    compiled: Compiled, shapes: Shapes, given: Mapping[str, Tensor | None], settings: Settings, *, validate: bool
+    compiled: Compiled, shapes: Shapes, given: Mapping[str, Tensor], settings: Settings, *, validate: bool
 ) -> Bound:
     """Check what was given, derive what the functions read, classify the tiles, choose a backend."""
     program = compiled.program
@@ -84,4 +84,4 @@ def _static_tiles(mask: Node, sizes: Any, block: int, device: str) -> Tiles:
 
 def reads_tensors(mask: Node) -> bool:
     """Whether the mask depends on anything that is given at the call, or on a table of ``per_head`` numbers."""
-    return any(isinstance(n, Load | Selected) for n in walk(mask))
+    return any(isinstance(n, Load | Selected | Opaque) for n in walk(mask))

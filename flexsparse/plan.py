@@ -9,6 +9,7 @@ from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant, Load, walk
 from flexsparse.ir.program import Gate, Program
+from flexsparse.ir.text import function_name
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
 
@@ -31,12 +32,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TileCounts:
-    """Tiles over all rows and heads; ``known`` is False while they depend on scores that were not given."""
+    """Tiles over all rows and heads; ``undecided`` of the partial ones could be empty or full for all we know."""
 
     block: int
     empty: int
     partial: int
     full: int
+    undecided: int = 0
 
     @property
     def total(self) -> int:
@@ -76,7 +78,7 @@ class Plan:
 
 def count_tiles(tiles: Tiles) -> TileCounts:
     """The tiles of each kind."""
-    return TileCounts(tiles.block, *(tiles.count(kind) for kind in (EMPTY, PARTIAL, FULL)))
+    return TileCounts(tiles.block, *(tiles.count(kind) for kind in (EMPTY, PARTIAL, FULL)), tiles.undecided)
 
 
 def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:
@@ -179,6 +181,11 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
             )
         if _gates(program) and settings.deterministic is not True:
             notes.append("Gradients of the scores: FlexAttention's atomics, so the last bits may differ between runs.")
+    for leaf in program.opaque:
+        notes.append(
+            f"{function_name(leaf.function)} could not be traced ({leaf.reason}): it runs as it is, but its tiles are "
+            "judged from single elements, and simplification, pictures of its parts and fast block masks are lost."
+        )
     if program.selections:
         notes.append("Tiles depend on the scores: they are classified at each call.")
     if not depends_on(program.mask, "b") and not depends_on(program.mask, "h"):

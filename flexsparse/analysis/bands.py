@@ -15,7 +15,7 @@ from torch import Tensor
 from flexsparse.analysis import intervals
 from flexsparse.analysis.bounds import Bounds, Region, bounds, never_falls
 from flexsparse.analysis.intervals import Intervals, everything, normal, nothing
-from flexsparse.ir.nodes import COMPARISONS, Apply, Constant, Kind, Load, Node, Symbol, mentions, walk
+from flexsparse.ir.nodes import COMPARISONS, Apply, Constant, Kind, Load, Node, Symbol, depends_on, mentions, walk
 from flexsparse.ir.program import Selected
 
 
@@ -191,7 +191,7 @@ class _Solver:
 
 
 def _mentions_kv(node: Node) -> bool:
-    return mentions(node, "kv") or any(isinstance(n, Selected) for n in walk(node))
+    return depends_on(node, "kv") or any(isinstance(n, Selected) for n in walk(node))
 
 
 def _rewritten(op: str, left: Node, right: Node) -> Node | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Node, Symbol
+from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Node, Opaque, Symbol
 from flexsparse.ir.program import Selected
 
 _FAR = 1 << 40  # stands for an unbounded integer; products of two still fit int64 after clamping
@@ -53,6 +53,8 @@ def bounds(node: Node, region: Region) -> Bounds:
             return Bounds(size, size)
         case Load(spec, index):
             return load_bounds(region.tensors[spec.name], [bounds(i, region) for i in index], spec.kind)
+        case Opaque(function, kind, args):
+            return _opaque(function, kind, [bounds(a, region) for a in args], region)
         case Selected(number):
             return _selected(number, region)
         case Apply(op, args):
@@ -70,6 +72,18 @@ def _as_real(x: Bounds) -> Bounds:
 def _unbounded(region: Region, kind: Kind) -> Bounds:
     far = float("inf") if kind is Kind.REAL else _FAR
     return Bounds(torch.tensor(-far, device=region.device), torch.tensor(far, device=region.device))
+
+
+def _opaque(function: Callable[..., Any], kind: Kind, args: list[Bounds], region: Region) -> Bounds:
+    """What is known of a function that could not be traced: its value at single elements, nothing on larger boxes."""
+    if kind is Kind.BOOL and not args:
+        ranges = [region.ranges[name] for name in ("b", "h", "q", "kv")]
+        if all(r.low.dim() == 1 and torch.equal(r.low, r.high) for r in ranges):
+            value = torch.vmap(function)(*(r.low for r in ranges))
+            return Bounds(value, value)
+        false = torch.zeros((), dtype=torch.bool, device=region.device)
+        return Bounds(false, ~false)
+    return _unbounded(region, Kind.REAL)
 
 
 def _selected(number: int, region: Region) -> Bounds:
@@ -92,7 +106,7 @@ def load_bounds(tensor: Tensor, index: list[Bounds], kind: Kind) -> Bounds:
     clamped = [Bounds(i.low.clamp(0, n - 1), i.high.clamp(0, n - 1)) for i, n in zip(index, tensor.shape, strict=True)]
     wide = [d for d, i in enumerate(clamped) if not torch.equal(*torch.broadcast_tensors(i.low, i.high))]
     if not wide:
-        exact = values[tuple(i.low for i in clamped)]
+        exact = values[tuple(i.low for i in clamped)] if clamped else values
         return _widened(exact, exact, kind)
     if len(wide) > 1:
         return _widened(values.min(), values.max(), kind)

@@ -18,7 +18,8 @@ from flexsparse.analysis.bounds import Bounds, Region, bounds
 from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, decide
 from flexsparse.analysis.intervals import Intervals, normal
 from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
-from flexsparse.ir.nodes import Load, Node, Symbol, walk
+from flexsparse.ir import nodes
+from flexsparse.ir.nodes import Load, Node, walk
 from flexsparse.ir.program import Selected
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors"]
@@ -84,7 +85,7 @@ class Tiles:
 
 def depends_on(node: Node, symbol: str) -> bool:
     """Whether a flattened expression can change with the batch row ("b") or the head ("h")."""
-    return any(isinstance(n, Selected) or (isinstance(n, Symbol) and n.name == symbol) for n in walk(node))
+    return nodes.depends_on(node, symbol) or any(isinstance(n, Selected) for n in walk(node))
 
 
 def classify(

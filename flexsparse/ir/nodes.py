@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 class Kind(enum.Enum):
@@ -81,6 +82,29 @@ class TensorSpec:
     kind: Kind = Kind.INT
     learnable: bool = False
     encoding: str = "values"
+    # A tensor that came with the expression (``from_flex``); a call may give another. Not part of equality.
+    value: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Opaque(Node):
+    """A function of (b, h, q, kv), or of (score, b, h, q, kv), that could not be traced; it runs as it is.
+
+    ``args`` is (score,) or (); ``reason`` says what tracing met.
+    """
+
+    function: Callable[..., Any]
+    of: Kind
+    args: tuple[Node, ...] = ()
+    reason: str = field(default="", compare=False)
+
+    @property
+    def kind(self) -> Kind:
+        return self.of
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return self.args
 
 
 @dataclass(frozen=True)
@@ -273,6 +297,8 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
         return Apply(node.op, children)
     if isinstance(node, Load):
         return Load(node.tensor, children)
+    if isinstance(node, Opaque):
+        return Opaque(node.function, node.of, children, node.reason)
     if isinstance(node, PerHead):
         return PerHead(children)
     if isinstance(node, Scored):
@@ -290,3 +316,8 @@ def is_plain(node: Node) -> bool:
 def mentions(node: Node, *names: str) -> bool:
     """Whether any of the named symbols occurs."""
     return any(isinstance(n, Symbol) and n.name in names for n in walk(node))
+
+
+def depends_on(node: Node, *names: str) -> bool:
+    """Whether the value can change with any of the named symbols; an opaque function depends on every index."""
+    return mentions(node, *names) or any(isinstance(n, Opaque) for n in walk(node))

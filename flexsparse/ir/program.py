@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexsparse.ir.nodes import Kind, Node, SelectionNode, Symbol, TensorSpec
+from flexsparse.ir.nodes import Kind, Node, Opaque, SelectionNode, Symbol, TensorSpec, rebuild, walk
 from flexsparse.ir.text import call_text, selection_arguments, text
 
 
@@ -57,6 +57,12 @@ class Program:
         return {name: getattr(self, name) for name in ("mask", "score", "gate_k", "gate_v", "gate_logit")}
 
     @property
+    def opaque(self) -> tuple[Opaque, ...]:
+        """The functions that could not be traced, in order of first use."""
+        found = (n for e in self.expressions.values() for n in walk(e) if isinstance(n, Opaque))
+        return tuple({n.function: n for n in found}.values())
+
+    @property
     def has_score(self) -> bool:
         """Whether the score is anything but the running score itself."""
         return self.score != Symbol("score")
@@ -88,8 +94,6 @@ def program_text(node: Node) -> str:
 
 
 def _with_names(node: Node) -> Node:
-    from flexsparse.ir.nodes import rebuild
-
     if isinstance(node, Selected):
         return _Name(f"selected_{node.number}", Kind.BOOL)
     if isinstance(node, Gate):

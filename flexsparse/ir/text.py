@@ -11,6 +11,7 @@ from flexsparse.ir.nodes import (
     Load,
     Named,
     Node,
+    Opaque,
     PerHead,
     Scored,
     SelectionNode,
@@ -47,6 +48,11 @@ def _render(node: Node) -> tuple[str, int]:
             return repr(value), (_ATOM if isinstance(value, bool) or value >= 0 else 8)
         case Symbol(name):
             return name, _ATOM
+        case Load(tensor, ()):
+            return tensor.name, _ATOM
+        case Opaque(function, _, args):
+            given = [*(text(a) for a in args), "b", "h", "q", "kv"]
+            return f"{function_name(function)}({', '.join(given)})", _ATOM
         case Load(tensor, index):
             return f"{tensor.name}[{', '.join(text(i) for i in index)}]", _ATOM
         case PerHead(entries):
@@ -100,6 +106,12 @@ def selection_arguments(node: SelectionNode) -> tuple[tuple[str, object], ...]:
         if getattr(node, name) != getattr(defaults, name):
             shown.append((name, getattr(node, name)))
     return tuple(shown)
+
+
+def function_name(function: object) -> str:
+    """A name for a user's function, as an identifier."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return name if name.isidentifier() else "function"
 
 
 def kind_text(kind: Kind) -> str:

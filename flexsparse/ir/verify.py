@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexsparse.errors import VerificationError
-from flexsparse.ir.nodes import OPERATIONS, SYMBOLS, Apply, Constant, Kind, Load, Node, Symbol, walk
+from flexsparse.ir.nodes import OPERATIONS, SYMBOLS, Apply, Constant, Kind, Load, Node, Opaque, Symbol, walk
 from flexsparse.ir.program import Gate, Program, Selected, table_name
 
 _OPERANDS_BOOL = ("and", "or", "xor", "not")
@@ -36,6 +36,9 @@ def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
                 raise _broken(name, node, "integer indices")
         case Apply(op, args):
             _check_operation(name, node, op, args)
+        case Opaque(_, kind, args):
+            if len(args) != (kind is Kind.REAL) or (args and args[0].kind is not Kind.REAL):
+                raise _broken(name, node, "the running score for a score function, nothing for a mask function")
         case Selected(number) | Gate(number):
             if not 0 <= number < len(program.selections):
                 raise _broken(name, node, f"one of {len(program.selections)} selections")

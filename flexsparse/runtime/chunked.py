@@ -8,8 +8,8 @@ takes float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,9 +37,22 @@ class Work:
     constants: dict[str, Any]
     build: Callable[..., dict[str, Any]]
     sequence_dims: tuple[tuple[int, ...], ...] = ()
+    opaque: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
-    def functions(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-        return self.build(**self.constants, **dict(zip(self.names, tensors, strict=True)))
+    def functions(self, tensors: tuple[Tensor, ...], *, broadcast: bool) -> dict[str, Any]:
+        """The generated functions, of scalars or of broadcast index tensors; only untraced functions differ."""
+        opaque = {name: broadcasting(f) if broadcast else f for name, f in self.opaque.items()}
+        return self.build(**self.constants, **opaque, **dict(zip(self.names, tensors, strict=True)))
+
+
+def broadcasting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of scalar tensors, applied to every element of tensors that broadcast together."""
+
+    def applied(*args: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(*(a.shape for a in args))
+        return torch.vmap(function)(*(a.expand(shape).flatten() for a in args)).reshape(shape)
+
+    return applied
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ class _Chunked(torch.autograd.Function):
         group = shapes.heads // shapes.kv_heads
         out = query.new_zeros(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
         lse = query.new_full((shapes.batch, shapes.heads, shapes.q_len), -torch.inf, dtype=real)
-        functions = work.functions(tensors)
+        functions = work.functions(tensors, broadcast=True)
         for chunk in chunks(work, functions):
             mine = _sliced(chunk, query, key, value, group, real)
             part, part_lse = _attend(work, chunk, functions, *mine)
@@ -179,7 +192,7 @@ def gradients(
         for x, w in zip((query, key, value, *tensors), wanted, strict=True)
     ]
     with torch.enable_grad():
-        functions = work.functions(leaves)
+        functions = work.functions(leaves, broadcast=True)
     for chunk in chunks(work, functions):
         mine = _sliced(chunk, query, key, value, group, real)
         mine = [x.detach().requires_grad_(w) for x, w in zip(mine, wanted[:3], strict=True)]

@@ -44,7 +44,7 @@ def attend_flex(
         mark_dynamic(t.detach() if r else t, dims, launchers.plain.settings)
         for t, r, dims in zip(tensors, recomputed, work.sequence_dims, strict=True)
     )
-    functions = work.functions(inside)
+    functions = work.functions(inside, broadcast=False)
     lists = block_lists(work.tiles)
     common = (work.shapes, work.scale, operands)
     plain = (functions["mask_mod"], functions["score_mod"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexsparse.analysis.tiles import Sizes
 from flexsparse.errors import CapturedError, DeviceError, DtypeError, ShapeError, did_you_mean
-from flexsparse.ir.nodes import Kind, TensorSpec
+from flexsparse.ir.nodes import Kind, Load, Node, TensorSpec, walk
 from flexsparse.ir.program import Program
 from flexsparse.ops.causal import check_sorted
 from flexsparse.ops.projection import FLOATS, refuse_nan
@@ -110,15 +110,33 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def with_values(pattern: Node, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """What was given, completed by the tensors that came with the expression (``from_flex``).
+
+    Raises CapturedError where two functions closed over different tensors under one name.
+    """
+    values: dict[str, Tensor] = {}
+    for node in walk(pattern):
+        if isinstance(node, Load) and node.tensor.value is not None:
+            known = values.setdefault(node.tensor.name, node.tensor.value)
+            if known is not node.tensor.value:
+                raise CapturedError(
+                    node.tensor.name,
+                    got="two different tensors that traced functions call by this name",
+                    expected="one tensor for each name",
+                    mend="Rename the variable in one of the functions.",
+                )
+    return values | {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
 def check_captured(
-    program: Program, shapes: Shapes, given: Mapping[str, Tensor | None], *, validate: bool
+    program: Program, shapes: Shapes, present: Mapping[str, Tensor], *, validate: bool
 ) -> dict[str, Tensor]:
     """The given tensors by name, complete and checked; boundaries become segment ids, batch rows are expanded.
 
     Raises CapturedError for a missing or unknown name, ShapeError, DtypeError, DeviceError, and under
     ``validate`` SegmentError and NonFiniteScoresError for values.
     """
-    present = {name: tensor for name, tensor in given.items() if tensor is not None}
     specs = {spec.name: spec for spec in program.tensors}
     score_names = {selection.scores for selection in program.selections}
     needed = {*specs, *score_names}
@@ -177,7 +195,7 @@ def _captured(
         )
     if spec.encoding == "boundaries":
         return _segment_ids(name, tensor, shapes, validate)
-    if spec.dims[0] == "b" and tensor.dim() == len(spec.dims) - 1:
+    if spec.dims[:1] == ("b",) and tensor.dim() == len(spec.dims) - 1:
         tensor = tensor.unsqueeze(0)
     if tensor.dim() != len(spec.dims):
         raise ShapeError(name, got=f"shape {tuple(tensor.shape)}", expected=f"dimensions {list(spec.dims)}")

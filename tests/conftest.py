@@ -1,0 +1,39 @@
+"""Fixtures of all tests, and the hypothesis profile: reproducible, without a deadline on shared machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("flexsparse", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("flexsparse")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``torch.empty`` and ``empty_like`` give NaN (or the largest integer), so a value that nobody wrote shows."""
+
+    def poison(function: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made: torch.Tensor = function(*args, **kwargs)
+            if made.dtype is torch.bool:
+                return made.fill_(True)
+            return made.fill_(float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty",):
+        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+    yield
