@@ -10,6 +10,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexsparse.analysis.proofs import depends_on, equivalent, implies, is_causal, simplify
     from flexsparse.block_masks import block_mask
     from flexsparse.compiler import BoundAttention, CompiledAttention, compile
     from flexsparse.dense import dense_mask, reference
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "depends_on": "analysis.proofs",
+    "equivalent": "analysis.proofs",
+    "implies": "analysis.proofs",
+    "is_causal": "analysis.proofs",
+    "simplify": "analysis.proofs",
     "BackendNotice": "errors",
     "BoundAttention": "compiler",
     "CompiledAttention": "compiler",
@@ -47,11 +53,16 @@ __all__ = [
     "captured",
     "compile",
     "dense_mask",
+    "depends_on",
+    "equivalent",
     "from_flex",
+    "implies",
+    "is_causal",
     "parse",
     "pattern",
     "per_head",
     "reference",
+    "simplify",
     "topk",
 ]
 

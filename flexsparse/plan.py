@@ -12,14 +12,7 @@ from flexsparse.ir.program import Gate, Program
 from flexsparse.ir.text import function_name
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A fact about a pattern or a candidate, with its reason."""
-
-    holds: bool
-    reason: str
+from flexsparse.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ class Plan:
 
 def count_tiles(tiles: Tiles) -> TileCounts:
     """The tiles of each kind."""
-    return TileCounts(tiles.block, *(tiles.count(kind) for kind in (EMPTY, PARTIAL, FULL)), tiles.undecided)
+    return TileCounts(tiles.block, tiles.count(EMPTY), tiles.count(PARTIAL), tiles.count(FULL), tiles.undecided)
 
 
 def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:

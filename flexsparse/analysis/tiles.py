@@ -22,7 +22,7 @@ from flexsparse.ir import nodes
 from flexsparse.ir.nodes import Load, Node, walk
 from flexsparse.ir.program import Selected
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors", "region_of"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def classify(
         sizes.heads if depends_on(mask, "h") else 1,
         -(-sizes.q_len // block),
     )
-    region = _region(sizes, tensors or {}, count, block, device)
+    region = region_of(sizes, tensors or {}, count, block, device)
     found = rows(mask, region)
     may, must = (_expanded(x, count) for x in (found.may, found.must))
     touched = _touched(may, sizes.kv_len, block)
@@ -125,7 +125,7 @@ def classify(
     return Tiles(partial, all_full, block, sizes, undecided)
 
 
-def _region(
+def region_of(
     sizes: Sizes, tensors: Mapping[str, Any], count: tuple[int, int, int], block: int, device: torch.device
 ) -> Region:
     def points(number: int, *shape: int) -> Bounds:
