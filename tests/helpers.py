@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,20 @@ from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
 
 Attend = Callable[..., Any]
+
+
+def torchs_own_warnings(test: Any) -> Any:
+    """Lets through what torch says about itself while it runs or traces flex_attention."""
+    for message in (
+        # Said on every eager call; being dense is what backend="flex_eager" is for.
+        "flex_attention called without torch.compile",
+        # Dynamo asks every captured tensor for its gradient.
+        "The .grad attribute of a Tensor that is not a leaf",
+    ):
+        test = pytest.mark.filterwarnings(f"ignore:{message}:UserWarning")(test)
+    return test
+
+
 DIFFERENTIABLE = ("scores", "u", "other", "bias", "slope")
 
 
@@ -193,7 +208,9 @@ def bound_and_functions(
     """The bound call and the generated functions, as every backend gets them."""
     compiled = compile_pattern(pattern.node, shapes.q_offset != 0)
     settings = Settings(backend="chunked", block_size=block)
-    detached = {name: tensor.detach() for name, tensor in captured.items()}
+    # Simplification may drop a tensor that a generated pattern mentions.
+    needed = {spec.name for spec in compiled.program.tensors} | {s.scores for s in compiled.program.selections}
+    detached = {name: tensor.detach() for name, tensor in captured.items() if name in needed}
     bound = bind_call(compiled, shapes, detached, settings, validate=True)
     values = {name: bound.buffers[name] for name in compiled.generated.arguments}
     return bound, compiled.generated.build(**values)

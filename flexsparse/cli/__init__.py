@@ -1,1 +1,39 @@
 """The command line: one file a command; nothing here imports torch before a command needs it."""
+
+from flexsparse.cli import check, code, demo, explain, list_patterns, show
+from flexsparse.cli.group import CommandGroup
+
+main = CommandGroup(
+    name="flexsparse",
+    help="""Attention patterns as expressions: look at them, compile them, check them.
+
+    \b
+    Examples:
+      flexsparse list
+      flexsparse show "causal() & (sliding_window(256) | sinks(4))"
+      flexsparse explain "causal() & sliding_window(512)" --device cuda
+      flexsparse code "full() + alibi()" --stage score_mod
+      flexsparse check "sparsek_window(16, 32)"
+      flexsparse demo
+
+    \b
+    Exit codes:
+      0    done, and where something was checked, it held
+      1    a check failed: a result differs from the oracle
+      2    a mistake in the command: the message says which and how to mend it
+      130  interrupted with Ctrl-C
+
+    Every command takes --json, which prints JSON and nothing else to standard output; notes and progress go to
+    standard error. Colour is used on a terminal only, and never where NO_COLOR is set.
+    """,
+    commands=[
+        list_patterns.command,
+        show.command,
+        explain.command,
+        code.command,
+        check.command,
+        demo.command,
+    ],
+)
+
+__all__ = ["main"]
