@@ -28,14 +28,15 @@ from flexsparse.ir.nodes import (
     Node,
     Opaque,
     Symbol,
+    mentions,
     walk,
 )
 from flexsparse.ir.program import Gate, Program, Selected, program_text, table_name
 
-_TENSOR_CALLS = {"abs": "torch.abs", **{f: f"torch.{f}" for f in ("exp", "exp2", "log", "log2", "sqrt", "tanh")}}
+_TENSOR_CALLS = {"abs": "torch.abs", **{f: f"torch.{f}" for f in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "cos")}}
 _TENSOR_CALLS |= {"sigmoid": "torch.sigmoid"}
 _SCALAR_CALLS = {
-    **{f: f"math.{f}" for f in ("exp", "log", "log2", "sqrt", "tanh", "floor")},
+    **{f: f"math.{f}" for f in ("exp", "log", "log2", "sqrt", "tanh", "cos", "floor")},
     **{"abs": "abs", "minimum": "min", "maximum": "max"},
 }
 _WIDTH = 100
@@ -160,7 +161,7 @@ def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> 
     if isinstance(program.mask, Constant):
         body = "return kv >= 0" if program.mask.value else "return kv < 0"
     else:
-        body = f"return {emitter.emit(program.mask)}"
+        body = f"return {emitter.emit_mask(program.mask)}"
     lines = [body]
     if len(body) > _WIDTH and isinstance(program.mask, Apply) and program.mask.op in ("and", "or"):
         first, *rest = emitter.chain(program.mask, program.mask.op)
@@ -181,7 +182,7 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], *,
         body.append(f"gate = {emitter.emit(program.gate_k)}")
         steps.append(("score = score * gate", program.gate_k))
     if program.has_score:
-        steps.append((f"score = {emitter.emit(program.score)}", program.score))
+        steps.append((f"score = {emitter.emit_score(program.score)}", program.score))
     for gate in (program.gate_logit, program.gate_v if value_gate else one):
         if gate != one:
             shown = "gate" if gate == program.gate_k else emitter.emit(gate)
@@ -218,6 +219,17 @@ class _Emitter:
     def emit(self, node: Node) -> str:
         return self._render(node)[0]
 
+    def emit_mask(self, node: Node) -> str:
+        """A mask that is a tensor, also where it depends on sizes alone and would be a Python boolean."""
+        return f"(kv >= 0) & {self._wrapped(node, Kind.BOOL, 8)}" if is_uniform(node) else self.emit(node)
+
+    def emit_score(self, node: Node) -> str:
+        """A score with the shape and dtype of the running one, also where it does not depend on that."""
+        if mentions(node, "score"):
+            return self._as(Kind.REAL, node)
+        # FlexAttention's backward wants a gradient for the running score, even where it is 0.
+        return f"0.0 * score + {self._wrapped(node, Kind.REAL, 7)}"
+
     def gate_lines(self, nodes: list[Node]) -> list[str]:
         """Local variables for every gate among the nodes; each of its tensors is indexed once."""
         gates = sorted({g for n in nodes for g in walk(n) if isinstance(g, Gate)}, key=lambda g: g.number)
@@ -229,7 +241,7 @@ class _Emitter:
             lines.append(f"least = least_{n}[{head}, q]")
             for suffix in suffixes:
                 lines.append(f"x = u_{n}{suffix}[{head}, kv] - tau_{n}{suffix}[{head}, q]")
-                lines.append(f"m_{n}{suffix} = torch.where(x >= 1.0, 1.0, torch.where(x > least, x, least))")
+                lines.append(f"m_{n}{suffix} = torch.where(x >= 1.0, 1.0, torch.where(x <= least, least, x))")
             if gate.straight_through:
                 lines.append(f"m_{n} = 1.0 + (m_{n} - m_{n}_fixed)")
         return lines
@@ -271,7 +283,7 @@ class _Emitter:
             if is_uniform(args[1]) and is_uniform(args[2]) and node.kind is Kind.REAL:
                 # Two Python numbers would give torch's default dtype; one full tensor fixes the score's.
                 branches[0] = f"torch.full_like(score, {branches[0]})" if "score" in self.real_dtype else branches[0]
-            return f"torch.where({self.emit(args[0])}, {', '.join(branches)})", 10
+            return f"torch.where({self.emit_mask(args[0])}, {', '.join(branches)})", 10
         if op == "floor":
             return f"torch.floor({self._as(Kind.REAL, args[0])}).to(torch.int64)", 10
         if op in ("truncdiv", "truncmod"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import unittest.mock
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,16 +92,24 @@ RECOMPILE_LIMIT_HIT: tuple[type[BaseException], ...] = tuple(
 
 def recompile_limit(limit: int) -> contextlib.AbstractContextManager[Any]:
     """How often one frame may be compiled, for as long as the context lasts."""
-    if getattr(torch._dynamo.config, _LIMIT) == limit:
+    # A Python number that a function closes over must stay one: flex_attention takes no symbolic floats.
+    wanted = {_LIMIT: limit, "specialize_float": True}
+    if all(getattr(torch._dynamo.config, name) == value for name, value in wanted.items()):
         return contextlib.nullcontext()
-    return torch._dynamo.config.patch({_LIMIT: limit})
+    return torch._dynamo.config.patch(wanted)
 
 
 @contextlib.contextmanager
-def eager_gradients_on_cpu() -> Iterator[None]:
-    """Lets eager flex_attention differentiate on CPU: from 2.11 on a device check refuses what works underneath."""
-    if hasattr(_module, "_validate_device"):
-        with unittest.mock.patch.object(_module, "_validate_device", return_value=None):
-            yield
-    else:
+def eager() -> Iterator[None]:
+    """For flex_attention that is not compiled on purpose: no warning about it, and gradients on CPU.
+
+    From 2.11 on a device check refuses gradients on CPU that work underneath.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        if hasattr(_module, "_validate_device"):
+            stack.enter_context(unittest.mock.patch.object(_module, "_validate_device", return_value=None))
+        # A Python number that a function closes over must stay one: flex_attention takes no symbolic floats.
+        stack.enter_context(torch._dynamo.config.patch(specialize_float=True))
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -102,6 +103,12 @@ class CompiledAttention:
     def plan(self) -> Plan:
         """The plan of the last call or ``bind``. Raises NotBoundError before the first."""
         return self._last().plan
+
+    @property
+    def builds(self) -> int:
+        """How many FlexAttention kernels this pattern was compiled to so far, under these settings."""
+        variants = itertools.product((False, True), repeat=2)
+        return sum(_launchers(self._expression.node, self._settings, *v).builds for v in variants)
 
     def __repr__(self) -> str:
         return f"flexsparse.compile({str(self._expression)!r}, backend={self._settings.backend!r})"
@@ -277,4 +284,4 @@ def _launchers(pattern: Any, settings: Settings, offset: bool, compiled: bool) -
 
 @functools.cache
 def _say_once(message: str) -> None:
-    warnings.warn(message, BackendNotice, stacklevel=5)
+    warnings.warn(message, BackendNotice, stacklevel=4)

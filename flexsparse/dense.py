@@ -22,7 +22,7 @@ from flexsparse.parser import parse
 _MEANING: dict[str, Callable[..., Tensor]] = {
     **{op: getattr(torch, op) for op in ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "neg")},
     **{op: getattr(torch, op) for op in ("minimum", "maximum", "abs", "where", "exp", "exp2", "log", "log2")},
-    **{op: getattr(torch, op) for op in ("sqrt", "tanh", "sigmoid")},
+    **{op: getattr(torch, op) for op in ("sqrt", "tanh", "cos", "sigmoid")},
     "and": torch.logical_and,
     "or": torch.logical_or,
     "xor": torch.logical_xor,
@@ -89,7 +89,8 @@ def reference(
     sizes = _Sizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], q_offset, query.device)
     dense = _Evaluator(sizes, captured).pattern(expression.node)
     scores = wide_query @ wide_key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = dense.score(scores * dense.gate_k)
+    # An expression may leave the running score out, and be an integer or one number for all.
+    scores = dense.score(scores * dense.gate_k).double().expand_as(scores)
     # The logarithm is taken where it counts, so that a gate of 0 elsewhere gives no NaN gradient.
     seen = dense.mask.expand_as(scores)
     scores = scores + torch.where(seen, dense.gate_logit, 1.0).log()
@@ -142,7 +143,7 @@ class _Evaluator:
                 base = self.pattern(inner)
                 return _Dense(
                     base.mask,
-                    lambda s: self.number(expression, base.score(s), torch.float64),
+                    lambda s: self.number(expression, base.score(s), torch.float64).to(self.sizes.device),
                     base.gate_k,
                     base.gate_v,
                     base.gate_logit,
@@ -195,14 +196,14 @@ class _Evaluator:
 
     def mask(self, node: Node) -> Tensor:
         # Reals inside a mask are float32 by definition, on every backend.
-        return self.number(node, None, torch.float32)
+        return self.number(node, None, torch.float32).to(self.sizes.device)
 
     def number(self, node: Node, running: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The value of a plain mask or a number at every (b, h, q, kv)."""
         match node:
             case Constant(value):
                 kind = {Kind.BOOL: torch.bool, Kind.INT: torch.int64, Kind.REAL: dtype}[node.kind]
-                return torch.tensor(value, dtype=kind, device=self.sizes.device)
+                return torch.tensor(value, dtype=kind)
             case Symbol("score"):
                 assert running is not None
                 return running
@@ -210,7 +211,8 @@ class _Evaluator:
                 return self.sizes.grid(name)
             case Symbol(name):
                 size = self.sizes.heads if name == "heads" else getattr(self.sizes, name)
-                return torch.tensor(size, device=self.sizes.device)
+                # What is the same everywhere is computed on the host: in float64, a GPU's log2(8) is below 3.
+                return torch.tensor(size)
             case Named(_, _, body):
                 return self.number(body, running, dtype)
             case Opaque(function, _, args):
@@ -223,6 +225,8 @@ class _Evaluator:
                 if spec.encoding == "boundaries":
                     positions = torch.arange(max(self.sizes.kv_len, self.sizes.q_len), device=tensor.device)
                     tensor = (positions[:, None] >= tensor[None, 1:]).sum(1)
+                if spec.encoding == "parents":
+                    tensor = _walk(tensor)
                 while tensor.dim() < len(spec.dims):
                     tensor = tensor.unsqueeze(0)
                 parts = [self.number(i, None, dtype) for i in index]
@@ -240,6 +244,8 @@ class _Evaluator:
                 values = [self.number(a, running, dtype) for a in args]
                 if node.kind is Kind.REAL or any(a.kind is Kind.REAL for a in args):
                     values = [v if v.dtype is torch.bool else v.to(dtype) for v in values]
+                if op == "where":
+                    values = [v.to(self.sizes.device) for v in values]
                 return _MEANING[op](*values)
         raise AssertionError(f"no meaning for {type(node).__name__}")
 
@@ -311,3 +317,24 @@ def _sorted_gates(z: Tensor, k: int) -> Tensor:
 def _finite_scores(z: Tensor) -> Tensor:
     """The scores with 0 for infinities, whose gradient is 0."""
     return torch.where(torch.isfinite(z), z, 0.0)
+
+
+def _walk(parents: Tensor) -> Tensor:
+    """Where a depth-first walk of a tree enters and leaves each token: [S] -> [2, S]."""
+    given = parents.tolist()
+    times = [[0] * len(given), [0] * len(given)]
+    clock = 0
+
+    def visit(token: int) -> None:
+        nonlocal clock
+        times[0][token] = clock
+        clock += 1
+        for child, parent in enumerate(given):
+            if parent == token:
+                visit(child)
+        times[1][token] = clock
+
+    for root, parent in enumerate(given):
+        if parent < 0:
+            visit(root)
+    return torch.tensor(times, device=parents.device)

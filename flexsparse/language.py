@@ -45,6 +45,7 @@ __all__ = [
     "at_least",
     "b",
     "captured",
+    "cos",
     "everything",
     "exp",
     "exp2",
@@ -147,7 +148,8 @@ def captured(
     "s" key length, "q" query length; other names are free sizes that must agree within one call.
     ``dtype`` is "int" (default), "float" or "bool"; ``learnable=True`` implies "float" and gives gradients.
     ``encoding="boundaries"`` declares cumulative sequence lengths ``[0, ..., S]`` (dims must be ("s",)),
-    which read as one segment id for each position.
+    which read as one segment id for each position; ``encoding="parents"`` declares the parents of a tree's tokens [S],
+    which read as where a depth-first walk enters (side 0) and leaves (side 1) each (dims must be ("side", "s")).
     Raises PatternArgumentError for a name that is no identifier or that means something else already.
     """
     if not isinstance(name, str) or not _is_free(name):
@@ -169,11 +171,12 @@ def captured(
             got=repr(dtype) + (" with learnable=True" if learnable else ""),
             expected="'int', 'float' or 'bool'; only 'float' can be learnable",
         )
-    if encoding not in ("values", "boundaries") or (encoding == "boundaries" and (dims != ("s",) or dtype != "int")):
+    wanted = {"values": dims, "boundaries": ("s",), "parents": ("side", "s")}.get(encoding)
+    if wanted != dims or (encoding != "values" and dtype != "int"):
         raise PatternArgumentError(
             f"captured({name!r}, encoding)",
             got=f"{encoding!r} with dims={dims} and dtype={dtype!r}",
-            expected="'values', or 'boundaries' with dims=('s',) and dtype='int'",
+            expected="'values', or 'int' with 'boundaries', dims=('s',), or 'parents', dims=('side', 's')",
         )
     return Captured(TensorSpec(name, dims, _KINDS[dtype], learnable, encoding))
 
@@ -227,6 +230,11 @@ def sqrt(x: object) -> Value:
 def tanh(x: object) -> Value:
     """The hyperbolic tangent."""
     return _function("tanh", x)
+
+
+def cos(x: object) -> Value:
+    """The cosine of an angle in radians."""
+    return _function("cos", x)
 
 
 def sigmoid(x: object) -> Value:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import Tiles, classify
@@ -66,7 +67,8 @@ def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     program = compiled.program
     tiles = None
     if not reads_tensors(program.mask):
-        tiles = classify_tiles(program, shapes, settings, {})
+        # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
+        tiles = classify_tiles(program, replace(shapes, device=torch.device("cpu")), settings, {})
     return make_plan(program, shapes, settings, tiles)
 
 

@@ -149,7 +149,7 @@ class _UnknownError(Exception):
 
 _DIRECT = {
     **{op: op for op in ("eq", "ne", "lt", "le", "gt", "ge", "mul", "minimum", "maximum", "abs", "neg")},
-    **{op: op for op in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "sigmoid")},
+    **{op: op for op in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "cos", "sigmoid")},
     **{"logical_and": "and", "logical_or": "or", "logical_xor": "xor", "logical_not": "not"},
 }
 _BITWISE = {"bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor", "bitwise_not": "not"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("flexsparse", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False)
+hypothesis.settings.register_profile(
+    "flexsparse", deadline=None, derandomize=True, max_examples=60, report_multiple_bugs=False
+)
 hypothesis.settings.load_profile("flexsparse")
 # The tests work on small tensors, for which a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -22,7 +23,7 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.empty`` and ``empty_like`` give NaN (or the largest integer), so a value that nobody wrote shows."""
 
     def poison(function: Any) -> Any:
@@ -36,6 +37,4 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    for name in ("new_empty",):
-        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
-    yield
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -32,7 +32,7 @@ def torchs_own_warnings(test: Any) -> Any:
     return test
 
 
-DIFFERENTIABLE = ("scores", "u", "other", "bias", "slope")
+DIFFERENTIABLE = ("scores", "u", "other", "bias", "rates", "slope")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Inputs:
     query: Tensor
     key: Tensor
     value: Tensor
-    captured: Mapping[str, Tensor]
+    captured: Mapping[str, Any]
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that asks for a gradient, by name."""
@@ -84,7 +84,7 @@ def tensors_of(pattern: Expression) -> list[str]:
 
 def make_captured(
     names: Iterable[str], *, batch: int, heads: int, size: int, score_heads: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Tensors by the names that the tests use; ids have about four documents, some of one token."""
 
     def ids(*shape: int) -> Tensor:
@@ -102,6 +102,12 @@ def make_captured(
         "cu_seqlens": lambda: torch.tensor(sorted({0, size // 3, size // 2, size})),
         "bias": lambda: torch.randn(heads, 33, generator=generator, dtype=torch.float64),
         "slope": lambda: torch.rand(heads, generator=generator, dtype=torch.float64),
+        "parents": lambda: torch.tensor([n - 1 - n % 3 if n else -1 for n in range(size)]).clamp(min=-1),
+        "in_prefix": lambda: torch.rand(batch, size, generator=generator) < 0.3,
+        "image": lambda: ids(batch, size) % 3 - 1,
+        **{name: lambda: torch.rand(heads, size, generator=generator) < 0.2 for name in ("vertical", "slash")},
+        "layout": lambda: torch.rand(heads, -(-size // 32), -(-size // 32), generator=generator) < 0.4,
+        "rates": lambda: torch.rand(heads, 2, generator=generator, dtype=torch.float64) + 0.1,
         "keep": lambda: torch.rand(batch, size, generator=generator) < 0.7,
     }
     made = {}
@@ -134,9 +140,7 @@ def make_inputs(
     key = draw(batch, kv_heads, size, head_dim)
     value = draw(batch, kv_heads, size, value_dim or head_dim)
     score_heads = kv_heads if score_heads is None else score_heads
-    captured = make_captured(
-        names, batch=batch, heads=heads, size=size, score_heads=score_heads, generator=generator
-    )
+    captured = make_captured(names, batch=batch, heads=heads, size=size, score_heads=score_heads, generator=generator)
     return Inputs(query, key, value, captured)
 
 
@@ -191,12 +195,14 @@ def assert_same_result(got: Result, wanted: Result, roundings: int = 4096) -> No
         if mine is None or expected is None:
             some = mine if mine is not None else expected
             zeros = zeros if some is None else torch.zeros_like(some)
-        assert_close(f"gradient of {name}", zeros if mine is None else mine, zeros if expected is None else expected,
-                     roundings)
+        assert_close(
+            f"gradient of {name}", zeros if mine is None else mine, zeros if expected is None else expected, roundings
+        )
 
 
-def plain_shapes(inputs_size: int, *, batch: int = 1, heads: int = 1, kv_heads: int = 1, q_offset: int = 0,
-                 q_len: int | None = None) -> Shapes:
+def plain_shapes(
+    inputs_size: int, *, batch: int = 1, heads: int = 1, kv_heads: int = 1, q_offset: int = 0, q_len: int | None = None
+) -> Shapes:
     """Shapes of a float64 call on CPU, where only the lengths and head counts matter."""
     rows = inputs_size if q_len is None else q_len
     return Shapes(batch, heads, kv_heads, rows, inputs_size, 8, 8, torch.float64, torch.device("cpu"), q_offset)

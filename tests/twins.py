@@ -51,9 +51,7 @@ def candidates(i: int, after: int, segments: Sequence[int] | None) -> list[int]:
     return [j for j in range(i - after + 1) if segments is None or segments[j] == segments[i]]
 
 
-def exact_prefix_taus(
-    u: Sequence[float], k: int, after: int = 0, segments: Sequence[int] | None = None
-) -> list[float]:
+def exact_prefix_taus(u: Sequence[float], k: int, after: int = 0, segments: Sequence[int] | None = None) -> list[float]:
     """The threshold of every causal prefix, rounded once at the end."""
     return [float(exact_tau([u[j] for j in candidates(i, after, segments)], k)) for i in range(len(u))]
 

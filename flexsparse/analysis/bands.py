@@ -179,6 +179,8 @@ class _Solver:
 
     def searched(self, table: Tensor, op: str, value: Tensor) -> Intervals | None:
         if table.dim() > 1:
+            # A bound that depends on nothing is one number for all rows.
+            value = value.reshape(1, 1, -1) if value.dim() == 0 else value
             shape = torch.broadcast_shapes(table.shape[:-1], value.shape[:-1])
             table = table.expand(*shape, -1).contiguous()
             value = value.expand(*shape, value.shape[-1]).contiguous()

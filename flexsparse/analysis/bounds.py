@@ -277,6 +277,13 @@ def _rising(function: Callable[[Tensor], Tensor], *, slack: float = 1e-6) -> Cal
     return rule
 
 
+def _cos(a: Bounds) -> Bounds:
+    """Exact to rounding at single points, between -1 and 1 elsewhere."""
+    same = a.low == a.high
+    low, high = torch.cos(a.low) - 1e-6, torch.cos(a.high) + 1e-6
+    return Bounds(torch.where(same, low, -1.000001), torch.where(same, high, 1.000001))
+
+
 def _floor(a: Bounds) -> Bounds:
     near = [x.clamp(-float(_FAR), float(_FAR)).floor().long() for x in (a.low, a.high)]
     return Bounds(*near)
@@ -307,5 +314,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     "maximum": lambda a, b: Bounds(torch.maximum(a.low, b.low), torch.maximum(a.high, b.high)),
     "where": _where,
     **{name: _rising(getattr(torch, name)) for name in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "sigmoid")},
+    "cos": _cos,
     "floor": _floor,
 }

@@ -52,7 +52,7 @@ def decide(mask: Node, boxes: Boxes, region: Region) -> tuple[Tensor, int]:
 
 def _decide_slab(mask: Node, boxes: Boxes, region: Region, budget: int) -> tuple[Tensor, int, int]:
     seen = torch.zeros(len(boxes), dtype=torch.bool, device=region.device)
-    hidden = torch.zeros_like(seen)
+    hidden, vague = torch.zeros_like(seen), torch.zeros_like(seen)
     owner = torch.arange(len(boxes), device=region.device)
     work = boxes
     while len(work):
@@ -68,17 +68,18 @@ def _decide_slab(mask: Node, boxes: Boxes, region: Region, budget: int) -> tuple
         open_ = ~(must | ~may) & ~(seen & hidden)[owner]
         budget -= 5 * len(work)
         single = (work.q_low == work.q_high) & (work.kv_low == work.kv_high)
+        # Rounding of reals, or NaN, can leave even one element undecided: its box may be either.
+        _mark(vague, owner, open_ & single)
         open_ &= ~single
         if not bool(open_.any()):
             break
         if budget < 0:
-            left = torch.zeros_like(seen)
-            left[owner[open_]] = True
-            undecided = left & ~(seen & hidden)
-            return _kinds(seen | undecided, hidden | undecided), int(undecided.sum()), budget
+            _mark(vague, owner, open_)
+            break
         chosen = open_.nonzero().flatten()
         work, owner = _split(work.at(chosen), owner[chosen])
-    return _kinds(seen, hidden), 0, budget
+    undecided = vague & ~(seen & hidden)
+    return _kinds(seen | undecided, hidden | undecided), int(undecided.sum()), budget
 
 
 def _mark(flags: Tensor, owner: Tensor, values: Tensor) -> None:

@@ -48,6 +48,7 @@ class _Parts:
 class _Lowering:
     selections: list[SelectionNode] = field(default_factory=list)
     tables: list[tuple[int | float, ...]] = field(default_factory=list)
+    head_groups: set[int] = field(default_factory=set)
 
     def parts(self, node: Node) -> _Parts:
         """The mask, score and gates of a pattern."""
@@ -85,7 +86,7 @@ class _Lowering:
     def per_head(self, entries: list[_Parts]) -> _Parts:
         result = entries[-1]
         for position in reversed(range(len(entries) - 1)):
-            here = Apply("eq", (entry_of_head(len(entries)), Constant(position)))
+            here = Apply("eq", (self.entry_of_head(len(entries)), Constant(position)))
             chosen = [
                 Apply("where", (here, mine, rest))
                 for mine, rest in zip(
@@ -110,20 +111,20 @@ class _Lowering:
             if values not in self.tables:
                 self.tables.append(values)
             spec = TensorSpec(table_name(self.tables.index(values)), ("entry",), kind)
-            return Load(spec, (entry_of_head(len(values)),))
+            return Load(spec, (self.entry_of_head(len(values)),))
         result = entries[-1]
         for position in reversed(range(len(entries) - 1)):
-            here = Apply("eq", (entry_of_head(len(entries)), Constant(position)))
+            here = Apply("eq", (self.entry_of_head(len(entries)), Constant(position)))
             if kind is Kind.BOOL:
                 result = _mask_where(here, entries[position], result)
             else:
                 result = Apply("where", (here, entries[position], result))
         return result
 
-
-def entry_of_head(entries: int) -> Node:
-    """``h * entries // heads``: the entry of a ``per_head`` list that head h takes."""
-    return Apply("floordiv", (Apply("mul", (Symbol("h"), Constant(entries))), Symbol("heads")))
+    def entry_of_head(self, entries: int) -> Node:
+        """``h * entries // heads``: the entry of a ``per_head`` list that head h takes."""
+        self.head_groups.add(entries)
+        return Apply("floordiv", (Apply("mul", (Symbol("h"), Constant(entries))), Symbol("heads")))
 
 
 def substitute(expression: Node, running: Node) -> Node:
@@ -188,7 +189,23 @@ def lower(node: Node) -> Program:
         kept = lowering.selections
     mask, score, gate_k, gate_v, gate_logit = expressions
     tensors = _tensors(expressions, kept)
-    return Program(mask, score, gate_k, gate_v, gate_logit, tuple(kept), tensors, tuple(lowering.tables))
+    needed = {spec.name for spec in tensors} | {selection.scores for selection in kept}
+    return Program(
+        *(mask, score, gate_k, gate_v, gate_logit),
+        selections=tuple(kept),
+        tensors=tensors,
+        tables=tuple(lowering.tables),
+        head_groups=tuple(sorted(lowering.head_groups)),
+        idle=tuple(sorted(_mentioned(node) - needed)),
+    )
+
+
+def _mentioned(node: Node) -> set[str]:
+    """The names under which the pattern asks for tensors."""
+    names = {n.tensor.name for n in walk(node) if isinstance(n, Load)}
+    for selection in (n for n in walk(node) if isinstance(n, SelectionNode)):
+        names |= {name for name in (selection.scores, selection.segments) if name is not None}
+    return names
 
 
 def _renumbered(

@@ -74,7 +74,8 @@ class TensorSpec:
 
     ``dims`` holds "b" (batch), "h" (query heads), "s" (key length, which equals the query length in
     self-attention), "q" (query length) and free names. ``encoding`` is "values", or "boundaries" for
-    cumulative sequence lengths, which the runtime turns into one segment id for each position.
+    cumulative sequence lengths, which the runtime turns into one segment id for each position, or "parents" for the
+    parents of a tree's tokens, which it turns into where a depth-first walk enters and leaves each token.
     """
 
     name: str
@@ -268,6 +269,7 @@ OPERATIONS = {
         Operation("log2", 1, _real),
         Operation("sqrt", 1, _real),
         Operation("tanh", 1, _real),
+        Operation("cos", 1, _real),
         Operation("sigmoid", 1, _real),
         Operation("floor", 1, _int),
     )

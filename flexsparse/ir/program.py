@@ -40,7 +40,9 @@ class Program:
     """What the lowerings read. Gates are REAL expressions, the constant 1 where nothing gates.
 
     The final score of a key is ``score`` evaluated with ``scale * (q . k) * gate_k`` as its running score,
-    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``.
+    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``. ``head_groups`` are the lengths of ``per_head``
+    lists, which must divide the number of query heads; ``idle`` names tensors that the pattern mentions and
+    simplification made unnecessary.
     """
 
     mask: Node
@@ -51,6 +53,8 @@ class Program:
     selections: tuple[SelectionNode, ...]
     tensors: tuple[TensorSpec, ...]
     tables: tuple[tuple[int | float, ...], ...] = ()
+    head_groups: tuple[int, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def expressions(self) -> dict[str, Node]:

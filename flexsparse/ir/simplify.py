@@ -120,7 +120,7 @@ FOLD: dict[str, Callable[..., int | float | bool]] = {
     "truncmod": lambda x, y: x - y * _truncdiv(x, y),
     **{"minimum": min, "maximum": max, "floor": math.floor, "where": lambda c, x, y: x if c else y},
     **{"exp": math.exp, "exp2": lambda x: 2.0**x, "log": math.log, "log2": math.log2, "sqrt": math.sqrt},
-    **{"tanh": math.tanh, "sigmoid": lambda x: 1 / (1 + math.exp(-x))},
+    **{"tanh": math.tanh, "cos": math.cos, "sigmoid": lambda x: 1 / (1 + math.exp(-x))},
 }
 
 

@@ -38,6 +38,8 @@ def argument_text(value: object) -> str:
     """A pattern's argument: a number or string as Python writes it, an expression as text."""
     if isinstance(value, Node):
         return text(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(argument_text(v) for v in value)}]"
     return repr(value)
 
 

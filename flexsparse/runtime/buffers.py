@@ -26,18 +26,23 @@ def make_buffers(program: Program, shapes: Shapes, captured: Mapping[str, Tensor
     for number, values in enumerate(program.tables):
         dtype = torch.int64 if all(isinstance(v, int) for v in values) else real
         buffers[table_name(number)] = torch.tensor(values, dtype=dtype, device=shapes.device)
-        if shapes.heads % len(values):
-            raise CapturedError(
-                "per_head",
-                got=f"{len(values)} entries for {shapes.heads} query heads",
-                expected="a number of entries that divides the number of query heads",
-            )
+    _check_per_head(program, shapes.heads)
     for number in range(len(program.selections)):
         buffers |= _selection(program, number, captured)
     buffers |= {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads, "q_offset": shapes.q_offset}
     for number, selection in enumerate(program.selections):
         buffers[f"group_{number}"] = shapes.heads // captured[selection.scores].shape[1]
     return buffers
+
+
+def _check_per_head(program: Program, heads: int) -> None:
+    for entries in program.head_groups:
+        if heads % entries:
+            raise CapturedError(
+                "per_head",
+                got=f"{entries} entries for {heads} query heads",
+                expected="a number of entries that divides the number of query heads",
+            )
 
 
 def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -64,6 +64,13 @@ def shapes_of(query: Tensor, key: Tensor, value: Tensor, q_offset: int) -> Shape
             raise DeviceError(
                 name, got=str(tensor.device), expected=f"query's device, {query.device}", mend="Move it with .to(...)."
             )
+        if tensor.is_meta:
+            raise DeviceError(
+                name,
+                got="a tensor on meta, which has no values",
+                expected="a device that computes",
+                mend="Use bind(...) for a plan from shapes alone.",
+            )
         if 0 in tensor.shape:
             raise ShapeError(name, got=f"shape {tuple(tensor.shape)}", expected="no dimension of size 0")
     batch, heads, q_len, head_dim = query.shape
@@ -140,6 +147,8 @@ def check_captured(
     specs = {spec.name: spec for spec in program.tensors}
     score_names = {selection.scores for selection in program.selections}
     needed = {*specs, *score_names}
+    # A tensor that the pattern names may be given, whatever simplification made of it.
+    present = {name: tensor for name, tensor in present.items() if name not in program.idle}
     for name in present:
         if name not in needed:
             hint = did_you_mean(name, needed - set(present)) or "The pattern takes no tensors."
@@ -195,6 +204,8 @@ def _captured(
         )
     if spec.encoding == "boundaries":
         return _segment_ids(name, tensor, shapes, validate)
+    if spec.encoding == "parents":
+        return _tree_walk(name, tensor, shapes)
     if spec.dims[:1] == ("b",) and tensor.dim() == len(spec.dims) - 1:
         tensor = tensor.unsqueeze(0)
     if tensor.dim() != len(spec.dims):
@@ -235,6 +246,33 @@ def _segment_ids(name: str, boundaries: Tensor, shapes: Shapes, validate: bool) 
             )
     positions = torch.arange(shapes.kv_len, device=boundaries.device, dtype=boundaries.dtype)
     return torch.searchsorted(boundaries.contiguous(), positions, right=True) - 1
+
+
+def _tree_walk(name: str, parents: Tensor, shapes: Shapes) -> Tensor:
+    """Parents [S] -> where a depth-first walk enters and leaves each token, [2, S] int64."""
+    if tuple(parents.shape) != (shapes.kv_len,):
+        raise ShapeError(name, got=f"shape {tuple(parents.shape)}", expected=f"[{shapes.kv_len}], a parent a token")
+    given = parents.tolist()
+    for token, parent in enumerate(given):
+        if not -1 <= parent < token:
+            raise ShapeError(
+                name,
+                got=f"parent {parent} of token {token}",
+                expected="an earlier token, or -1 for a root",
+                mend="Order the tokens so that parents come before their children.",
+            )
+    sizes = [1] * len(given)
+    for token in reversed(range(len(given))):
+        if given[token] >= 0:
+            sizes[given[token]] += sizes[token]
+    # Each token starts where its earlier siblings end; the entry behind the last is that of the roots.
+    enters, free = [0] * len(given), [0] * (len(given) + 1)
+    for token, parent in enumerate(given):
+        enters[token] = free[parent]
+        free[parent] += sizes[token]
+        free[token] = enters[token] + 1
+    leaves = [enter + size for enter, size in zip(enters, sizes, strict=True)]
+    return torch.tensor([enters, leaves], device=parents.device)
 
 
 def _scores(name: str, scores: Tensor, shapes: Shapes, validate: bool) -> Tensor:

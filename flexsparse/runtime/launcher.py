@@ -64,7 +64,7 @@ class Launcher:
         """``functions`` are mask_mod and score_mod, ``lists`` the block mask's tensors."""
         arguments = (*functions, self.settings.block_size, scale, shapes.heads != shapes.kv_heads, with_lse)
         if not self.compiled:
-            with _torch.eager_gradients_on_cpu():
+            with _torch.eager():
                 return self.run(operands, lists, *arguments, None)
         if self.settings.dynamic:
             operands = tuple(_dynamic(x, 2) for x in operands)

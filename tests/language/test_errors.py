@@ -16,6 +16,9 @@ from flexsparse.patterns import catalogue
 
 P: Any = catalogue()
 doc: Any = captured("doc", dims=("b", "s"))
+# Without its types, for calls that a type checker would refuse before Python runs them.
+untyped: Any = fl
+untyped_compile: Any = fs.compile
 
 TRUTH = (
     "got Python's `and`, `or`, `not`, `if`, or a chained comparison such as 0 <= q - kv < w, "
@@ -37,7 +40,7 @@ CAPTURE_IT = "Captured tensors are declared with captured(name, dims=...) and in
 
 TRUTHS: list[tuple[Callable[[], object], str]] = [
     (lambda: bool(kv <= q), "kv <= q"),
-    (lambda: 0 <= q - kv < 3, "q - kv >= 0"),  # type: ignore[operator]
+    (lambda: 0 <= q - kv < 3, "q - kv >= 0"),
     (lambda: (kv <= q) and (q < 3), "kv <= q"),
     (lambda: not topk(3), "topk(3)"),
     (lambda: 1 if q else 2, "q"),
@@ -90,7 +93,8 @@ EXPRESSION: list[tuple[Callable[[], object], str]] = [
     (lambda: (kv < q) & None, f"operand of &: got None, expected a mask or pattern. {CAPTURE_IT}"),
     (
         lambda: q + True,
-        "operand of add: got True, a mask or pattern, expected a score. Use where(mask, 1, 0) to turn a mask into numbers.",
+        "operand of add: got True, a mask or pattern, expected a score. "
+        "Use where(mask, 1, 0) to turn a mask into numbers.",
     ),
     (
         lambda: q * (kv < q),
@@ -105,14 +109,18 @@ EXPRESSION: list[tuple[Callable[[], object], str]] = [
     (lambda: fl.truncdiv(q, 0.5), "argument of truncdiv: got 0.5, a score, expected an index expression."),
     (lambda: q // 0.5, "operand of floordiv: got 0.5, a score, expected an index expression."),
     (lambda: q + float("nan"), "operand of add: got NaN, expected a score."),
-    (lambda: fs.compile(P["alibi"]()),
+    (
+        lambda: fs.compile(P["alibi"]()),
         "pattern alibi(): got a score on its own, expected a pattern. Add it to the keys it scores: full() + alibi(), "
-        "or full().score(...) if it contains `score`."),
-    (lambda: fs.compile(3), "pattern: got int, expected a pattern or its text."),  # type: ignore[arg-type]
+        "or full().score(...) if it contains `score`.",
+    ),
+    (lambda: untyped_compile(3), "pattern: got int, expected a pattern or its text."),
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), EXPRESSION, ids=[m.split(":")[0] + f"-{n}" for n, (_, m) in enumerate(EXPRESSION)])
+@pytest.mark.parametrize(
+    ("call", "message"), EXPRESSION, ids=[m.split(":")[0] + f"-{n}" for n, (_, m) in enumerate(EXPRESSION)]
+)
 def test_wrong_operand(call: Callable[[], object], message: str) -> None:
     with pytest.raises(errors.ExpressionError) as caught:
         call()
@@ -121,11 +129,38 @@ def test_wrong_operand(call: Callable[[], object], message: str) -> None:
 
 
 ARGUMENTS: list[tuple[Callable[[], object], str]] = [
-    *((lambda name=name: captured(name, dims=("s",)), f"captured(name): got {name!r}, {NAME}")  # type: ignore[misc]
-      for name in ("q", "kv", "b", "h", "heads", "score", "query", "key", "value", "scale", "q_offset", "return_lse",
-                   "validate", "self", "torch", "math", "not a name", "", 3)),
-    (lambda: captured("doc", dims=()), "captured('doc', dims): got (), expected names of dimensions, such as (\"b\", \"s\")."),
-    (lambda: captured("doc", dims=(1,)), "captured('doc', dims): got (1,), expected names of dimensions, such as (\"b\", \"s\")."),  # type: ignore[arg-type]
+    *(
+        (lambda name=name: captured(name, dims=("s",)), f"captured(name): got {name!r}, {NAME}")
+        for name in (
+            "q",
+            "kv",
+            "b",
+            "h",
+            "heads",
+            "score",
+            "query",
+            "key",
+            "value",
+            "scale",
+            "q_offset",
+            "return_lse",
+            "validate",
+            "self",
+            "torch",
+            "math",
+            "not a name",
+            "",
+            3,
+        )
+    ),
+    (
+        lambda: captured("doc", dims=()),
+        'captured(\'doc\', dims): got (), expected names of dimensions, such as ("b", "s").',
+    ),
+    (
+        lambda: untyped.captured("doc", dims=(1,)),
+        'captured(\'doc\', dims): got (1,), expected names of dimensions, such as ("b", "s").',
+    ),
     (
         lambda: captured("doc", dims=("s",), dtype="long"),
         "captured('doc', dtype): got 'long', expected 'int', 'float' or 'bool'; only 'float' can be learnable.",
@@ -146,10 +181,13 @@ ARGUMENTS: list[tuple[Callable[[], object], str]] = [
         "expected 'values', or 'boundaries' with dims=('s',) and dtype='int'.",
     ),
     (lambda: per_head([]), "per_head(entries): got [], expected a list of patterns, or of numbers, one for each head."),
-    (lambda: per_head(3), "per_head(entries): got 3, expected a list of patterns, or of numbers, one for each head."),  # type: ignore[call-overload]
+    (
+        lambda: untyped.per_head(3),
+        "per_head(entries): got 3, expected a list of patterns, or of numbers, one for each head.",
+    ),
     (lambda: topk(0), "topk(k): got 0, expected an integer of at least 1."),
     (lambda: topk(True), "topk(k): got True, expected an integer of at least 1."),
-    (lambda: topk(2.0), "topk(k): got 2.0, expected an integer of at least 1."),  # type: ignore[arg-type]
+    (lambda: untyped.topk(2.0), "topk(k): got 2.0, expected an integer of at least 1."),
     (lambda: topk(2, after=-1), "topk(after): got -1, expected an integer of at least 0."),
     (lambda: topk(2, gate="hard"), "topk(gate): got 'hard', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste'."),
     (
@@ -170,7 +208,9 @@ def test_wrong_argument(call: Callable[[], object], message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["lambda", "None", "gate", "x", "least", "m_0", "table_0", "birth_0", "tau_12", "c_0", "mask_mod"])
+@pytest.mark.parametrize(
+    "name", ["lambda", "None", "gate", "x", "least", "m_0", "table_0", "birth_0", "tau_12", "c_0", "mask_mod"]
+)
 def test_names_that_generated_code_uses_are_refused(name: str) -> None:
     with pytest.raises(errors.PatternArgumentError) as caught:
         captured(name, dims=("s",))
@@ -179,7 +219,7 @@ def test_names_that_generated_code_uses_are_refused(name: str) -> None:
 
 def test_entries_of_per_head_are_of_one_kind() -> None:
     with pytest.raises(errors.ExpressionError) as caught:
-        per_head([kv < q, 3])
+        untyped.per_head([kv < q, 3])
     assert str(caught.value).startswith("per_head entry 1: got 3, an index expression, expected a mask or pattern.")
 
 

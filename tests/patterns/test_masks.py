@@ -10,7 +10,14 @@ from torch import Tensor
 
 import flexsparse as fs
 from flexsparse.patterns import catalogue
-from tests.helpers import assert_tiles_sound, bound_and_functions, generated_mask, make_captured, plain_shapes, tensors_of
+from tests.helpers import (
+    assert_tiles_sound,
+    bound_and_functions,
+    generated_mask,
+    make_captured,
+    plain_shapes,
+    tensors_of,
+)
 from tests.patterns.witnesses import MASKS, SCORES, World
 
 BATCH, HEADS = 2, 2
@@ -21,7 +28,10 @@ def witness_mask(name: str, arguments: dict[str, Any], size: int, captured: dict
     world = World(size, HEADS, {key: tensor.tolist() for key, tensor in captured.items()})
     predicate = MASKS[name]
     rows = [
-        [[[predicate(world, b, h, q, kv, **arguments) for kv in range(size)] for q in range(size)] for h in range(HEADS)]
+        [
+            [[predicate(world, b, h, q, kv, **arguments) for kv in range(size)] for q in range(size)]
+            for h in range(HEADS)
+        ]
         for b in range(BATCH)
     ]
     return torch.tensor(rows)

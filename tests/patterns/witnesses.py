@@ -5,11 +5,13 @@ A mask's witness takes (b, h, q, kv), the sizes and the call's tensors as nested
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.patterns.witnesses_published import PUBLISHED, PUBLISHED_SCORES
 from tests.twins import exact_selection
 
 
@@ -29,7 +31,7 @@ def document(w: World, b: int, h: int, q: int, kv: int, ids: str = "doc", cu_seq
     if cu_seqlens is None:
         return bool(w.tensors[ids][b][q] == w.tensors[ids][b][kv])
     ends = w.tensors[cu_seqlens]
-    return any(first <= q < last and first <= kv < last for first, last in zip(ends, ends[1:], strict=False))
+    return any(first <= q < last and first <= kv < last for first, last in itertools.pairwise(ends))
 
 
 def global_tokens(w: World, b: int, h: int, q: int, kv: int, count: int) -> bool:
@@ -68,6 +70,7 @@ MASKS: dict[str, Predicate] = {
     "sliding_window": sliding_window,
     "sparsek": sparsek,
     "sparsek_window": sparsek_window,
+    **PUBLISHED,
 }
 
 
@@ -91,4 +94,5 @@ SCORES: dict[str, Callable[..., float]] = {
     "alibi": alibi,
     "relative_bias": relative_bias,
     "softcap": lambda w, h, q, kv, running, cap: cap * math.tanh(running / cap),
+    **PUBLISHED_SCORES,
 }

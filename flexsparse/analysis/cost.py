@@ -1,0 +1,76 @@
+"""What a plan costs on a device: operations, bytes, predicted time, and which of them sets it.
+
+A row of query tiles is one program on one multiprocessor: it takes a fixed time, and a time for each full and each
+partial tile, which come from the share of the matrix rate that FlexAttention's kernel was measured to reach. Rows
+spread evenly over the multiprocessors; device memory and the launch set lower limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexsparse.hardware import Hardware
+from flexsparse.plan import Plan
+
+_BASE_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``seconds`` is the forward time of the FlexAttention kernels; ``bound`` names the part that sets it.
+
+    ``flops`` counts whole tiles; ``bytes`` reads each input and writes each output once; ``lists_bytes`` is what the
+    block mask takes. ``parts`` gives each limit in seconds.
+    """
+
+    flops: int
+    bytes: int
+    lists_bytes: int
+    seconds: float
+    bound: str
+    parts: dict[str, float]
+    hardware: str
+
+
+def predict(plan: Plan, hardware: Hardware) -> Cost | None:
+    """The cost of a plan's forward pass, None while its tiles are not known."""
+    tiles = plan.tiles
+    if tiles is None or plan.flops is None:
+        return None
+    shapes = plan.shapes
+    wide = (shapes.head_dim + shapes.value_dim) / (2 * _BASE_HEAD_DIM)
+    rate = hardware.matrix_tflops * 1e12 / hardware.multiprocessors
+    # float32 products run on the matrix units as tf32, at half the rate.
+    rate /= 2 if shapes.dtype.itemsize == 4 else 1
+    tile_flops = 2 * tiles.block**2 * 2 * _BASE_HEAD_DIM * wide
+    full = tiles.full * tile_flops / (rate * hardware.full_share)
+    partial = tiles.partial * tile_flops / (rate * hardware.partial_share)
+    rows = shapes.batch * shapes.heads * -(-shapes.q_len // tiles.block)
+    fixed = rows * hardware.row_us * 1e-6 * wide
+    compute = plan.calls * (full + partial + fixed) / hardware.multiprocessors
+    moved = plan.calls * _bytes(plan)
+    parts = {
+        "tiles": compute,
+        "memory": moved / (hardware.bandwidth_gbs * 1e9),
+        "launch": plan.calls * hardware.launch_us * 1e-6,
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    seconds = max(parts["tiles"], parts["memory"]) + parts["launch"]
+    return Cost(plan.flops, moved, _list_bytes(plan), seconds, bound, parts, hardware.name)
+
+
+def _bytes(plan: Plan) -> int:
+    shapes = plan.shapes
+    size = shapes.dtype.itemsize
+    queries = shapes.batch * shapes.heads * shapes.q_len * (shapes.head_dim + shapes.value_dim)
+    keys = shapes.batch * shapes.kv_heads * shapes.kv_len * (shapes.head_dim + shapes.value_dim)
+    lse = 4 * shapes.batch * shapes.heads * shapes.q_len
+    return (queries + keys) * size + lse
+
+
+def _list_bytes(plan: Plan) -> int:
+    """Indices of both directions, without what shared storage saves."""
+    tiles = plan.tiles
+    assert tiles is not None
+    copies = plan.shapes.batch * plan.shapes.heads // (plan.mask_rows * plan.mask_heads)
+    return 2 * 4 * (tiles.partial + tiles.full) // copies

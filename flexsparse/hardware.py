@@ -1,0 +1,76 @@
+"""Descriptions of devices for the cost model: peak rates, bandwidth, and what FlexAttention's tiles take."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import asdict, dataclass, replace
+
+from flexsparse.errors import SettingError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device as the cost model sees it.
+
+    ``matrix_tflops``: dense bf16 or fp16 products with float32 accumulation, 10^12 operations a second, as measured
+    or from the vendor's data sheet; ``bandwidth_gbs``: device memory, 10^9 bytes a second. ``full_share`` and
+    ``partial_share``: the share of ``matrix_tflops`` that FlexAttention's forward kernel reaches on full and on
+    partial tiles at head_dim 128; ``row_us``: what a row of tiles costs besides its tiles, on one multiprocessor;
+    ``launch_us``: the least time of a kernel. ``source`` says where the numbers come from.
+    """
+
+    name: str
+    matrix_tflops: float
+    bandwidth_gbs: float
+    multiprocessors: int
+    full_share: float
+    partial_share: float
+    row_us: float
+    launch_us: float
+    source: str
+
+
+_DATASHEET = "vendor's data sheet for rates; shares of the H200 measurement"
+# Shares fitted to benchmarks/results/flex_kernels_h200.json; see benchmarks/cost_model.py.
+_SHARES = {"full_share": 0.45, "partial_share": 0.25, "row_us": 2.0, "launch_us": 8.0}
+
+DEVICES = {
+    h.name: h
+    for h in (
+        Hardware("A100", 312, 2039, 108, **_SHARES, source=_DATASHEET),
+        Hardware("H100", 989, 3350, 132, **_SHARES, source=_DATASHEET),
+        Hardware("H200", 989, 4800, 132, **_SHARES, source="rates of the data sheet; shares measured on one H200"),
+        Hardware("B200", 2250, 8000, 148, **_SHARES, source=_DATASHEET),
+        Hardware("RTX 4090", 165, 1008, 128, **_SHARES, source=_DATASHEET),
+        Hardware("CPU", 0.1, 20, 2, 0.5, 0.5, 0.0, 50.0, "a guess for two cores; run `flexsparse hardware`"),
+    )
+}
+
+
+def find(name: str) -> Hardware:
+    """The device of that name. Raises SettingError with the nearest known name."""
+    by_name = {known.lower(): device for known, device in DEVICES.items()}
+    if name.lower() in by_name:
+        return by_name[name.lower()]
+    for known, device in by_name.items():
+        if known in name.lower():
+            return replace(device, name=name)
+    raise SettingError(
+        "hardware", got=repr(name), expected=f"one of {', '.join(DEVICES)}", mend=did_you_mean(name, DEVICES)
+    )
+
+
+def save(device: Hardware, path: pathlib.Path) -> None:
+    """Write a description as JSON."""
+    path.write_text(json.dumps(asdict(device), indent=1) + "\n")
+
+
+def load(path: pathlib.Path) -> Hardware:
+    """Read a description that ``save`` wrote. Raises SettingError for a file that is none."""
+    try:
+        return Hardware(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise SettingError(
+            "hardware", got=f"{path}: {error}", expected="a file that `flexsparse hardware --save` wrote"
+        ) from error

@@ -1,0 +1,185 @@
+"""Tiles from bounds: sound for every mask, exact for the usual ones, equal to torch's own BlockMask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+import flexsparse as fs
+from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Sizes, classify, index_errors
+from flexsparse.codegen.block_mask import make_block_mask
+from flexsparse.ir.lower import lower
+from flexsparse.language import b, captured, kv, log, q, sqrt
+from flexsparse.patterns import catalogue
+from tests.helpers import assert_tiles_sound, bound_and_functions, make_captured, plain_shapes, tensors_of
+from tests.language.strategies import MASKS, PATTERNS
+
+P: Any = catalogue()
+BLOCK = 16
+
+
+def world(pattern: Any, size: int, seed: int = 0, batch: int = 2, heads: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return make_captured(
+        tensors_of(pattern), batch=batch, heads=heads, size=size, score_heads=heads, generator=generator
+    )
+
+
+def tiles_and_mask(pattern: Any, size: int, seed: int = 0, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    given_tensors = world(pattern, size, seed)
+    bound, _ = bound_and_functions(pattern, plain_shapes(size, batch=2, heads=2, kv_heads=2), given_tensors, block)
+    return bound.tiles.kinds, fs.dense_mask(pattern, size, batch=2, heads=2, **given_tensors)
+
+
+@settings(max_examples=250)
+@given(MASKS, st.sampled_from([1, 15, 33, 50]), st.integers(0, 3))
+def test_tiles_are_sound_for_any_mask(mask: Any, size: int, seed: int) -> None:
+    kinds, dense = tiles_and_mask(mask, size, seed)
+    assert_tiles_sound(kinds, BLOCK, dense)
+
+
+@settings(max_examples=60)
+@given(PATTERNS, st.sampled_from([17, 40]), st.integers(0, 3))
+def test_tiles_are_sound_for_any_pattern_with_selections(pattern: Any, size: int, seed: int) -> None:
+    kinds, dense = tiles_and_mask(pattern, size, seed)
+    assert_tiles_sound(kinds, BLOCK, dense)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        sqrt(q - kv) <= 100,
+        ~(sqrt(q - kv) > 100),
+        log(q - kv) < 50,
+        ~(log(q - kv) >= 50),
+        (q - kv) / (q - kv) < 2,
+        (kv - q) % -5 <= -2,
+        (q - kv) // -4 == 1,
+        abs(kv - q) % 7 == 0,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [16, 32, 50])
+def test_tiles_are_sound_where_reals_are_undefined_or_signs_change(mask: Any, size: int) -> None:
+    kinds, dense = tiles_and_mask(mask, size)
+    assert_tiles_sound(kinds, BLOCK, dense)
+
+
+def exact_kinds(mask: Tensor, block: int) -> Tensor:
+    """What every tile is, from the dense mask; a ragged tile is never FULL."""
+    rows, heads, q_len, kv_len = mask.shape
+    tall, wide = -(-q_len // block), -(-kv_len // block)
+    kinds = torch.empty(rows, heads, tall, wide, dtype=torch.uint8)
+    for i in range(tall):
+        for j in range(wide):
+            part = mask[:, :, i * block : (i + 1) * block, j * block : (j + 1) * block].flatten(2)
+            whole = part.all(2) & (part.shape[2] == block * block)
+            kinds[:, :, i, j] = torch.where(whole, FULL, torch.where(part.any(2), PARTIAL, EMPTY))
+    return kinds
+
+
+EXACT = [
+    "full", "causal", "sliding_window(1)", "sliding_window(20)", "sliding_window(20, causal=False)", "sinks(4)",
+    "sinks(40)", "prefix_lm(24)", "prefix_lm(32)", "global_tokens(5)", "padding", "dilated_window(8, 3)",
+    "document", "document(cu_seqlens='cu_seqlens')", "causal & sinks(20)", "causal & ~sinks(16)", "~causal",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [16, 47, 130, 200])
+@pytest.mark.parametrize("text", EXACT)
+def test_tiles_of_the_usual_masks_are_exact(text: str, size: int) -> None:
+    kinds, dense = tiles_and_mask(fs.parse(text), size)
+    assert torch.equal(kinds.expand(2, 2, -1, -1), exact_kinds(dense, BLOCK))
+
+
+def test_windows_within_causal_documents_are_exact_on_sorted_ids() -> None:
+    pattern: Any = P["causal"]() & P["sliding_window"](30) & P["document"]()
+    ids = torch.arange(200).div(64, rounding_mode="floor")[None]
+    bound, _ = bound_and_functions(pattern, plain_shapes(200), {"doc": ids})
+    assert torch.equal(bound.tiles.kinds, exact_kinds(fs.dense_mask(pattern, 200, doc=ids), BLOCK))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(16, 16), (17, 16), (16, 17), (33, 47)])
+def test_ragged_tiles_are_never_full(q_len: int, kv_len: int) -> None:
+    kinds = classify(lower(P["full"]().node).mask, Sizes(1, 1, q_len, kv_len), block=BLOCK).kinds[0, 0]
+    if q_len % BLOCK:
+        assert (kinds[-1] == PARTIAL).all()
+    if kv_len % BLOCK:
+        assert (kinds[:, -1] == PARTIAL).all()
+    assert (kinds[: q_len // BLOCK, : kv_len // BLOCK] == FULL).all()
+
+
+def test_rows_and_heads_are_kept_apart_only_where_the_mask_needs_them() -> None:
+    for text, rows, heads in (("causal", 1, 1), ("padding", 2, 1), ("sliding_window(per_head([4, 40]))", 1, 2)):
+        pattern: Any = fs.parse(text)
+        kinds, _ = tiles_and_mask(pattern, 50)
+        assert kinds.shape[:2] == (rows, heads)
+
+
+def test_counts_cover_all_rows_and_heads() -> None:
+    tiles = classify(lower(P["causal"]().node).mask, Sizes(2, 3, 64, 64), block=BLOCK)
+    assert (tiles.count(FULL), tiles.count(PARTIAL), tiles.count(EMPTY)) == (6 * 6, 6 * 4, 6 * 6)
+    assert tiles.total == 6 * 16
+
+
+def test_queries_start_at_their_offset() -> None:
+    kinds = classify(lower(P["causal"]().node).mask, Sizes(1, 1, 16, 48, q_offset=32), block=BLOCK).kinds
+    assert kinds.tolist() == [[[[FULL, FULL, PARTIAL]]]]
+
+
+@pytest.mark.parametrize("size", [64, 129, 200])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "full",
+        "causal",
+        "sliding_window(30)",
+        "causal & (sliding_window(30) | sinks(4))",
+        "prefix_lm(100)",
+        "document & causal",
+        "padding & causal",
+        "dilated_window(30, 4)",
+        "global_tokens(40)",
+        "sliding_window(per_head([20, 70]))",
+    ],
+)
+def test_block_mask_equals_torchs_own(text: str, size: int) -> None:
+    pattern: Any = fs.parse(text)
+    given_tensors = world(pattern, size)
+    shapes = plain_shapes(size, batch=2, heads=2, kv_heads=2)
+    bound, functions = bound_and_functions(pattern, shapes, given_tensors, 32)
+    mine: Any = make_block_mask(bound.tiles, functions["mask_mod"])
+    rows, heads = bound.tiles.kinds.shape[:2]
+    theirs: Any = create_block_mask(functions["mask_mod"], rows, heads, size, size, device="cpu", BLOCK_SIZE=32)
+    assert mine.shape == theirs.shape
+    assert mine.seq_lengths == theirs.seq_lengths == (size, size)
+    assert mine.BLOCK_SIZE == theirs.BLOCK_SIZE
+    assert torch.equal(mine.to_dense(), theirs.to_dense())
+    assert torch.equal(mine.kv_num_blocks, theirs.kv_num_blocks)
+    assert torch.equal(mine.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    for counts, left, right in (
+        (theirs.kv_num_blocks, mine.kv_indices, theirs.kv_indices),
+        (theirs.full_kv_num_blocks, mine.full_kv_indices, theirs.full_kv_indices),
+        (theirs.q_num_blocks, mine.q_indices, theirs.q_indices),
+        (theirs.full_q_num_blocks, mine.full_q_indices, theirs.full_q_indices),
+    ):
+        # Entries past the count are padding that nobody reads.
+        read = torch.arange(left.shape[-1]) < counts[..., None]
+        assert torch.equal(left[read], right[read])
+
+
+def test_look_ups_that_can_leave_their_tensor_are_found() -> None:
+    doc: Any = captured("doc", dims=("b", "s"))
+    tensors = {"doc": torch.zeros(2, 40, dtype=torch.long)}
+    inside = lower((doc[b, q] == doc[b, kv]).node).mask
+    assert index_errors(inside, Sizes(2, 1, 40, 40), tensors) == []
+    assert len(index_errors(inside, Sizes(2, 1, 41, 40), tensors)) == 1
+    assert len(index_errors(inside, Sizes(2, 1, 40, 40, q_offset=1), tensors)) == 1
+    [(load, dim, low, high)] = index_errors(lower((doc[b, q - 1] == 0).node).mask, Sizes(2, 1, 40, 40), tensors)
+    assert (str(load.tensor.name), dim, low, high) == ("doc", 1, -1, 38)

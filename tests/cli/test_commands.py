@@ -1,0 +1,164 @@
+"""Every command: what it says, as text and as JSON, in 80 columns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import flexsparse
+from flexsparse.dense import reference
+from flexsparse.patterns import catalogue
+from tests.cli.conftest import Invoke
+
+HYBRID = "(causal() & (sliding_window(8) | sinks(4) | sparsek(8, after=8))) + alibi()"
+COMMANDS = {
+    "list": ("list",),
+    "show": ("show", HYBRID, "--length", "200"),
+    "zoom": ("show", HYBRID, "--length", "200", "--zoom", "100:190,:20"),
+    "explain": ("explain", HYBRID, "--length", "256"),
+    "code": ("code", "causal() & sliding_window(8)"),
+    "check": ("check", HYBRID, "--length", "17"),
+}
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_text_fits_and_has_no_colour(name: str, invoke: Invoke) -> None:
+    answer = invoke(*COMMANDS[name])
+    assert answer.code == 0, answer.err
+    assert "\x1b" not in answer.out
+    if name != "code":
+        assert max(map(len, answer.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_json_is_all_there_is(name: str, invoke: Invoke) -> None:
+    answer = invoke(*COMMANDS[name], "--json")
+    assert answer.code == 0
+    assert json.loads(answer.out)
+
+
+def test_list_names_every_pattern(invoke: Invoke) -> None:
+    text, data = invoke("list").out, json.loads(invoke("list", "--json").out)
+    assert [entry["name"] for entry in data] == list(catalogue())
+    for entry in data:
+        assert entry["name"] + entry["parameters"].split(",")[0] in text
+        assert repr(flexsparse.parse(entry["examples"][0])) == entry["examples"][0]
+
+
+def test_list_takes_names(invoke: Invoke) -> None:
+    assert [entry["name"] for entry in json.loads(invoke("list", "sinks", "alibi", "--json").out)] == ["sinks", "alibi"]
+    text = invoke("list", "alibi", "softcap").out
+    assert "causal" not in text.split("Any expression")[0]
+    assert "▁▂▄▅▆██▆▅▄▂▁" in text
+
+
+def test_show_draws_a_triangle(invoke: Invoke) -> None:
+    data = json.loads(invoke("show", "causal()", "--length", "64", "--block", "16", "--json").out)
+    assert data["rows"] == ["PEEE", "FPEE", "FFPE", "FFFP"]
+    assert data["counts"] == {"empty": 6, "partial": 4, "full": 6}
+    assert data["computed"] == 10 / 16
+    assert data["pairs_seen"] == pytest.approx(65 / 128)
+    text = invoke("show", "causal()", "--length", "64", "--block", "16").out
+    assert "██▒▒" in text
+    assert "62.5% of the tiles are computed; 50.8% of the pairs are seen." in text
+    assert "the same for every head" in text
+
+
+def test_show_zooms_to_single_pairs(invoke: Invoke) -> None:
+    answer = invoke("show", "causal() & sliding_window(2)", "--length", "64", "--zoom", "10:13,9:13")
+    rows = [line.split("  ")[-1] for line in answer.out.splitlines() if set(line) & set("█·")][:3]
+    assert rows == ["████····", "··████··", "····████"]
+
+
+def test_show_head_by_head(invoke: Invoke) -> None:
+    pattern = "sliding_window(per_head([1, 64]))"
+    first, last = (
+        json.loads(invoke("show", pattern, "--length", "64", "--head", head, "--json").out) for head in ("0", "3")
+    )
+    assert (first["heads"], first["heads_differ"]) == (4, True)
+    assert first["counts"]["empty"] == 12
+    assert last["counts"]["empty"] == 6
+    assert first["computed_by_head"] == last["computed_by_head"] == [0.25, 0.25, 0.625, 0.625]
+
+
+def test_show_says_what_is_made_up(invoke: Invoke) -> None:
+    pattern = "causal() & document() & sparsek(4)"
+    answers = [invoke("show", pattern, "--length", "64", "--seed", seed).out for seed in ("0", "0", "1")]
+    assert answers[0] == answers[1] != answers[2]
+    assert "scores: example data, normal random scores, shape [1, 4, 64], seed 0" in answers[0]
+    assert "doc: example data, 4 documents, shape [1, 64], seed 0" in answers[0]
+
+
+def test_explain_gives_reasons(invoke: Invoke) -> None:
+    arguments = ("explain", "sparsek_window(16, 32)", "--length", "512", "--grad", "--device", "cuda")
+    answer = invoke(*arguments)
+    assert "> flex" in answer.out
+    assert "on example tensors, seed 0" in " ".join(answer.out.split())
+    data = json.loads(invoke(*arguments, "--json").out)
+    assert data["backend"] == "flex"
+    assert data["shapes"]["device"] == "cuda"
+    assert data["shapes"]["needs_grad"] is True
+    on_cpu = json.loads(invoke("explain", "causal()", "--json").out)
+    assert on_cpu["backend"] == "chunked"
+    assert on_cpu["tiles"]["full"] > 0
+
+
+@pytest.mark.parametrize("stage", ["expr", "ir", "source", "mask_mod", "score_mod"])
+def test_code_in_a_pipe_is_the_code(stage: str, invoke: Invoke) -> None:
+    expected = flexsparse.compile(HYBRID).code(stage)
+    assert invoke("code", HYBRID, "--stage", stage).out == expected + "\n" * (not expected.endswith("\n"))
+    assert json.loads(invoke("code", HYBRID, "--stage", stage, "--json").out)["code"] == expected
+
+
+def test_code_of_the_plan(invoke: Invoke) -> None:
+    answer = invoke("code", "causal()", "--stage", "plan", "--length", "256")
+    assert answer.out.startswith("pattern   causal()")
+    assert "256" in answer.out
+
+
+def test_check_reports_every_result(invoke: Invoke) -> None:
+    pattern = "causal() & (sparsek(4) | sliding_window(4)) & (kv > 2) + relative_bias(5)"
+    data = json.loads(invoke("check", pattern, "--length", "1", "--length", "20", "--dtype", "bf16", "--json").out)
+    assert data["holds"] is True
+    assert [(c["dtype"], c["length"]) for c in data["cases"]] == [
+        (dtype, length) for dtype in ("float64", "bfloat16") for length in (1, 20)
+    ]
+    names = ["out", "lse", "d query", "d key", "d value", "d scores", "d bias"]
+    for case in data["cases"]:
+        assert [r["name"] for r in case["results"]] == names
+        assert case["changed_between_runs"] == case["empty_rows_wrong"] == []
+        assert case["empty_rows"] == 2 * 4 * min(3, case["length"])
+
+
+def test_check_notices_the_backend_as_a_note(invoke: Invoke) -> None:
+    answer = invoke("check", "causal()", "--length", "5")
+    assert answer.err.startswith("note: flexsparse runs its exact chunked path on CPU")
+    assert "HOLDS" in answer.out
+    assert invoke("check", "causal()", "--length", "5", "--backend", "chunked").err == ""
+
+
+def test_check_fails_where_the_oracle_differs(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexsparse import tolerance
+
+    # The oracle of another window stands in for a kernel that is off by one.
+    monkeypatch.setattr(tolerance, "reference", lambda _, *x, **n: reference("causal() & sliding_window(3)", *x, **n))
+    answer = invoke("check", "causal() & sliding_window(4)", "--length", "17")
+    assert answer.code == 1
+    assert "FAILS" in answer.out
+    monkeypatch.undo()
+    assert invoke("check", "causal() & sliding_window(4)", "--length", "17").code == 0
+
+
+def test_check_fails_where_two_runs_differ(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexsparse.cli import checking
+
+    monkeypatch.setattr(checking, "_same_bits", lambda x, y: False)
+    answer = invoke("check", "causal()", "--length", "5")
+    assert answer.code == 1
+    assert "two runs differed in" in answer.out

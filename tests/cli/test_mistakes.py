@@ -1,0 +1,64 @@
+"""Every mistake gets its message, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+MISTAKES = {
+    ("show", "caussal"): "got the name 'caussal', expected a pattern, a symbol or a function of the language. "
+    "Did you mean 'causal'?",
+    ("show", "causal() &"): "expected an expression such as causal & sliding_window(512)",
+    ("show", "sparsek(0)"): "sparsek(k): got 0, expected an integer of at least 1.",
+    ("show", "alibi()"): "Add it to the keys it scores: full() + alibi()",
+    ("shwo", "causal"): "No such command 'shwo'. Did you mean 'show'?",
+    ("list", "causl"): "NAME: got 'causl', expected a pattern of the catalogue. Did you mean 'causal'?",
+    ("show",): "Missing argument 'EXPR'",
+    ("show", "causal", "--lenght", "3"): "No such option",
+    ("show", "causal", "--length", "0"): "0 is not in the range x>=1",
+    ("show", "causal", "--length", "many"): "'many' is not a valid integer",
+    ("show", "causal", "--block", "20"): "block_size: got 20, expected a multiple of 16",
+    ("show", "causal", "--zoom", "5:3,0:9"): "--zoom: got '5:3,0:9', expected q0:q1,kv0:kv1 with 0 <= start < stop",
+    ("show", "causal", "--zoom", "here"): "--zoom: got 'here'",
+    ("show", "causal", "--head", "7"): "--head: got 7, expected 0 to 3, as there are 4 heads.",
+    ("explain", "causal", "--dtype", "f32"): "--dtype: got 'f32', expected float64, float32, bfloat16, float16.",
+    ("explain", "causal", "--dtype", "bfloat61"): "Did you mean 'bfloat16'?",
+    ("explain", "causal", "--device", "cudda"): "--device: got 'cudda', expected cpu, cuda or cuda:N. "
+    "Did you mean 'cuda'?",
+    ("explain", "causal", "--heads", "6", "--kv-heads", "4"): "--kv-heads: got 4 for 6 query heads",
+    ("explain", "causal", "--backend", "flx"): "backend: got 'flx'",
+    ("explain", "causal", "--backend", "flex", "--grad"): "FlexAttention has no gradients on CPU.",
+    ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'ir', 'source', 'mask_mod', "
+    "'score_mod', 'plan'. Did you mean 'mask_mod'?",
+    ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
+    ("check", "causal", "--length", "100000"): "--length: got 100000, expected at most 2048",
+    ("check", "causal", "--kv-heads", "3", "--heads", "4"): "--kv-heads: got 3 for 4 query heads",
+    ("check", "causal", "--device", "cuda:99"): "--device: got 'cuda:99', expected a device of this machine",
+    ("demo", "--k", "0"): "sparsek(k): got 0, expected an integer of at least 1.",
+    ("demo", "--window", "-1"): "sliding_window(window): got -1, expected an integer of at least 1.",
+    ("demo", "--file", "no-such-file"): "--file: got 'no-such-file': No such file or directory",
+    ("demo", "--svg", "no-such-folder/x.svg"): "--svg: got 'no-such-folder/x.svg'",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items(), ids=[" ".join(a) for a in MISTAKES])
+def test_message_and_code(arguments: tuple[str, ...], message: str, invoke: Invoke) -> None:
+    answer = invoke(*arguments)
+    assert answer.code == 2
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+
+
+def test_json_of_a_mistake_leaves_standard_output_empty(invoke: Invoke) -> None:
+    answer = invoke("check", "causall", "--json")
+    assert (answer.code, answer.out) == (2, "")
+
+
+def test_an_empty_file(invoke: Invoke, tmp_path: object) -> None:
+    path = f"{tmp_path}/empty.txt"
+    open(path, "w").close()
+    answer = invoke("demo", "--file", path)
+    assert answer.code == 2
+    assert "which is empty, expected a file with text" in answer.err

@@ -1,0 +1,124 @@
+"""Processes of their own: start-up, pipes, terminals, colour, interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import environment, shell
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals and SIGINT are POSIX")
+
+START = """
+import sys, time
+from_here = time.perf_counter()
+from flexsparse.cli import main
+try:
+    main({arguments!r}, prog_name="flexsparse")
+except SystemExit as left:
+    assert left.code == 0, left.code
+loaded = [name for name in ("torch", "sympy", "rich", "numpy") if name in sys.modules]
+print(time.perf_counter() - from_here, *loaded, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["show", "--help"], ["demo", "--help"]])
+def test_help_starts_without_torch(arguments: list[str]) -> None:
+    fastest = float("inf")
+    for _ in range(3):
+        command = [sys.executable, "-c", START.format(arguments=arguments)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+        seconds, *loaded = found.stderr.split()
+        assert loaded == []
+        fastest = min(fastest, float(seconds))
+    assert fastest < 0.3
+
+
+def test_help_documents_commands_and_exit_codes() -> None:
+    text = shell("--help").out
+    for name in ("list", "show", "explain", "code", "check", "demo"):
+        assert f"\n  {name} " in text
+    assert "130  interrupted" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_pipe_gets_text_in_80_columns_even_in_ascii() -> None:
+    answer = shell("show", "causal() & sliding_window(256)", PYTHONIOENCODING="ascii")
+    assert answer.code == 0
+    assert answer.err == ""
+    assert answer.out.isascii()
+    assert "\x1b" not in answer.out
+    assert "####++.." in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
+
+
+def _on_a_terminal(*arguments: str, **variables: str) -> str:
+    """What a command writes to a pseudo-terminal of 80 columns."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    variables = {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexsparse", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env=environment(**variables),
+    )
+    os.close(theirs)
+    parts = []
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux's answer once the other side is closed.
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(ours)
+    assert process.wait(60) == 0
+    return b"".join(parts).decode()
+
+
+@posix
+def test_a_terminal_gets_colour() -> None:
+    text = _on_a_terminal("show", "causal()", "--length", "64")
+    assert "\x1b[96m" in text
+    assert "\x1b[33m" in text
+
+
+@posix
+def test_no_color_is_respected() -> None:
+    text = _on_a_terminal("code", "causal()", "--stage", "mask_mod", NO_COLOR="1")
+    assert text.splitlines()[0] == "def mask_mod(b, h, q, kv):"
+    assert "\x1b" not in text
+
+
+@posix
+def test_interruption_is_quiet() -> None:
+    command = [sys.executable, "-m", "flexsparse", "check", "sparsek(64)", "--length", "1500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    # The note is said when the first call runs, so everything is loaded by then.
+    assert process.stderr.readline().startswith("note:")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+
+
+@posix
+def test_a_reader_that_leaves_changes_nothing() -> None:
+    command = [sys.executable, "-m", "flexsparse", "code", "causal()"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert err == ""
