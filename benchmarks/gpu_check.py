@@ -62,7 +62,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
-    options = ["-q", "-n", str(arguments.workers), "-p", "no:cacheprovider", "--durations=5"]
+    options = ["-q", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
     tests = run(sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", *options)
     demo = run(sys.executable, "-m", "flexsparse", "demo")
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))

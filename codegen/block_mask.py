@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import _torch
-from flexsparse.analysis.lists import Listed, Spans
+from flexsparse.analysis.lists import index_pair
 from flexsparse.analysis.tiles import Tiles
 
 BlockLists = tuple[Tensor, ...]
@@ -17,15 +17,15 @@ BlockLists = tuple[Tensor, ...]
 def block_lists(tiles: Tiles) -> BlockLists:
     """Counts and indices of the partial and the full tiles, for the key tiles of queries and the other way round.
 
-    Eight int32 tensors in the order of BlockMask's arguments. Rows that start together, or one tile further each,
-    may share the storage of their indices.
+    Eight int32 tensors in the order of BlockMask's arguments, made once for each set of tiles.
     """
-
-    def lists(part: Spans | Listed) -> tuple[Tensor, Tensor]:
-        return part.count.contiguous(), part.padded()
-
-    forward = (*lists(tiles.partial), *lists(tiles.full))
-    return (*forward, *lists(tiles.partial.transposed()), *lists(tiles.full.transposed()))
+    if not tiles.lists:
+        forward = (tiles.partial, tiles.full)
+        backward = (tiles.partial.transposed(), tiles.full.transposed())
+        for partial, full in (forward, backward):
+            left, right = index_pair(partial, full)
+            tiles.lists.extend((partial.count.contiguous(), left, full.count.contiguous(), right))
+    return tuple(tiles.lists)
 
 
 def make_block_mask(tiles: Tiles, mask_mod: Callable[..., Tensor]) -> BlockMask:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -64,6 +65,30 @@ class _Sizes:
         return values + self.q_offset if name == "q" else values
 
 
+@overload
+def reference(
+    pattern: Pattern | str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    q_offset: int = ...,
+    **captured: Tensor,
+) -> Tensor: ...
+@overload
+def reference(
+    pattern: Pattern | str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: bool,
+    q_offset: int = ...,
+    **captured: Tensor,
+) -> Any: ...
 def reference(
     pattern: Pattern | str,
     query: Tensor,

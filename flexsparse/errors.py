@@ -91,10 +91,6 @@ class RecompileBudgetError(BackendError):
     """A pattern was called in more ways than it may be compiled for; the message lists what changed each time."""
 
 
-class DoubleBackwardError(FlexsparseError, RuntimeError):
-    """A second derivative was asked of an operation that only has a first."""
-
-
 class BackendNotice(UserWarning):
     """Said once per process when ``backend="auto"`` picks the chunked path on a CPU, or a fallback is used."""
 

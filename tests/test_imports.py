@@ -21,16 +21,17 @@ LEVELS = (
     ("language",),
     ("patterns",),
     ("parser",),
-    ("_torch",),
+    ("_torch", "hardware"),
     ("dense",),
     ("ops",),
     ("trace",),
     ("analysis",),
     ("codegen",),
     ("settings", "runtime", "plan"),
+    ("cost",),
     ("explanation",),
     ("pipeline",),
-    ("compiler", "block_masks", "tolerance"),
+    ("compiler", "block_masks", "tolerance", "measurement"),
 )
 LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}
 

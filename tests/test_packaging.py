@@ -81,7 +81,8 @@ def test_wheel_and_sdist(tmp_path: pathlib.Path) -> None:
 
     run(sys.executable, "-c", _SDIST, str(tmp_path), cwd=tree)
     (sdist,) = tmp_path.glob("flexsparse-*.tar.gz")
-    members = {m.name.split("/", 1)[1] for m in tarfile.open(sdist).getmembers() if "/" in m.name}
+    with tarfile.open(sdist) as archive:
+        members = {m.name.split("/", 1)[1] for m in archive.getmembers() if "/" in m.name}
     assert {"patterns/causal.py", "codegen/flex.py", "flexsparse/compiler.py", "pyproject.toml"} <= members
 
 

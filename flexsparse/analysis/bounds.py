@@ -205,6 +205,13 @@ def _hull(candidates: list[Tensor]) -> Bounds:
     return Bounds(low.clamp(-_FAR, _FAR), high.clamp(-_FAR, _FAR))
 
 
+def _clear(low: Tensor, high: Tensor) -> Bounds:
+    """Infinity less infinity is NaN, which could be anything."""
+    if not low.is_floating_point():
+        return Bounds(low, high)
+    return Bounds(torch.where(low.isnan(), -torch.inf, low), torch.where(high.isnan(), torch.inf, high))
+
+
 def _mul(a: Bounds, b: Bounds) -> Bounds:
     if not a.low.is_floating_point():
         # Unbounded integers are clamped so that products cannot wrap.
@@ -300,8 +307,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "le": _less_equal,
     "gt": lambda a, b: _less(b, a),
     "ge": lambda a, b: _less_equal(b, a),
-    "add": lambda a, b: Bounds(a.low + b.low, a.high + b.high),
-    "sub": lambda a, b: Bounds(a.low - b.high, a.high - b.low),
+    "add": lambda a, b: _clear(a.low + b.low, a.high + b.high),
+    "sub": lambda a, b: _clear(a.low - b.high, a.high - b.low),
     "mul": _mul,
     "div": _quotient(None),
     "floordiv": _quotient("floor"),

@@ -39,9 +39,16 @@ class Boxes:
         return Boxes(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
-def decide(mask: Node, boxes: Boxes, region: Region) -> tuple[Tensor, int]:
-    """The kind of each box, [T] uint8, and how many PARTIAL ones could not be proved so."""
+def decide(mask: Node, boxes: Boxes, region: Region, *, exact: bool = True) -> tuple[Tensor, int]:
+    """The kind of each box, [T] uint8, and how many PARTIAL ones could not be proved so.
+
+    ``exact=False`` stops after the bounds of the boxes themselves.
+    """
     kinds, undecided, budget = [], 0, _BUDGET
+    if not exact:
+        found = box_bounds(mask, boxes, region)
+        kind = _kinds(found.high, ~found.low)
+        return kind, int((kind == PARTIAL).sum())
     for first in range(0, len(boxes), _SLAB):
         part = boxes.at(torch.arange(first, min(first + _SLAB, len(boxes)), device=region.device))
         kind, left, budget = _decide_slab(mask, part, region, budget)

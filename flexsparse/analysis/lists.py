@@ -15,6 +15,8 @@ from flexsparse.analysis.intervals import Intervals, normal
 
 # Index tensors up to this size are padded to every column, as torch's own are; larger ones only as far as needed.
 _ROOMY_BYTES = 1 << 24
+# Elements that are filled in at once.
+_SLAB = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -41,39 +43,23 @@ class Spans:
         inside = torch.arange(len(owner), device=flat.device) - (ends - flat)[owner]
         return Listed(length.sum(-1).int(), (low.flatten()[owner] + inside).int(), self.columns)
 
-    def padded(self) -> Tensor:
-        """Column indices [B, H, R, W] int32, each row's first ``count`` entries valid."""
-        low, high = self.intervals.low, self.intervals.high
-        widest = max(int(self.count.max()), 1)
-        width = self.columns if self.columns * low[..., 0].numel() * 4 <= _ROOMY_BYTES else widest
-        shared = self._shared(widest) if width < self.columns else None
-        if shared is not None:
-            return shared
+    def write(self, out: Tensor) -> None:
+        """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind."""
+        low, high = self.intervals.low.flatten(0, -2), self.intervals.high.flatten(0, -2)
+        length = (high - low + 1).clamp(min=0)
+        first = length.cumsum(-1) - length
+        into = _rows(out)
+        rows, width = low.shape[0], out.shape[-1]
         slots = torch.arange(width, device=low.device)
-        result = torch.zeros(*low.shape[:-1], width, dtype=torch.int32, device=low.device)
-        first = torch.zeros_like(low[..., :1])
-        for slot in range(low.shape[-1]):
-            start, length = low[..., slot, None], (high - low + 1).clamp(min=0)[..., slot, None]
-            here = (slots >= first) & (slots < first + length)
-            result = torch.where(here, (start + slots - first).int(), result)
-            first = first + length
-        return result
-
-    def _shared(self, width: int) -> Tensor | None:
-        """Rows that start together, or one column further each, as overlapping views of one row of numbers."""
-        low, high = self.intervals.low, self.intervals.high
-        if low.shape[-1] > 1:
-            return None
-        rows = low.shape[-2]
-        step_of = torch.arange(rows, device=low.device)
-        used = low[..., 0] <= high[..., 0]
-        for step in (0, 1):
-            starts = (low[..., 0] - step * step_of)[used]
-            if starts.numel() and bool((starts == starts[0]).all()):
-                base = torch.arange(width + step * rows, dtype=torch.int32, device=low.device) + starts[0].int()
-                shape = (*low.shape[:-1], width)
-                return base.as_strided(shape, (0, 0, step, 1))
-        return None
+        step = max(1, _SLAB // max(width, 1))
+        for begin in range(0, rows, step):
+            part = slice(begin, begin + step)
+            made = torch.zeros(len(low[part]), width, dtype=torch.int32, device=low.device)
+            for slot in range(low.shape[-1]):
+                start, offset, size = (x[part, slot, None] for x in (low, first, length))
+                here = (slots >= offset) & (slots < offset + size)
+                made = torch.where(here, (start + slots - offset).int(), made)
+            into[part] = made
 
     def transposed(self) -> Spans | Listed:
         """For each column its rows: by binary search where the spans move one way, else tile by tile."""
@@ -108,16 +94,14 @@ class Listed:
         _, heads, rows = self.count.shape
         return owner // (heads * rows), owner // rows % heads, owner % rows, self.column.long()
 
-    def padded(self) -> Tensor:
-        """Column indices [B, H, R, W] int32, each row's first ``count`` entries valid."""
-        widest = max(int(self.count.max()), 1)
-        width = self.columns if self.columns * self.count.numel() * 4 <= _ROOMY_BYTES else widest
+    def write(self, out: Tensor) -> None:
+        """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind."""
         flat = self.count.flatten().long()
         owner = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
         inside = torch.arange(len(owner), device=flat.device) - (flat.cumsum(0) - flat)[owner]
-        result = torch.zeros(len(flat), width, dtype=torch.int32, device=flat.device)
-        result[owner, inside] = self.column
-        return result.reshape(*self.count.shape, width)
+        into = _rows(out)
+        into.zero_()
+        into[owner, inside] = self.column
 
     def transposed(self) -> Listed:
         """For each column its rows, ascending."""
@@ -130,6 +114,29 @@ class Listed:
 
     def listed(self) -> Listed:
         return self
+
+
+def index_pair(one: Spans | Listed, other: Spans | Listed) -> tuple[Tensor, Tensor]:
+    """The column indices of two sets of tiles over the same rows, [B, H, R, W] and [B, H, R, W'] int32.
+
+    FlexAttention's kernels read both with the strides of the first, so a large pair shares one buffer, side by
+    side; a small one is padded to every column.
+    """
+    shape, columns, device = one.count.shape, one.columns, one.count.device
+    if columns * one.count.numel() * 4 <= _ROOMY_BYTES:
+        left, right = (torch.empty(*shape, columns, dtype=torch.int32, device=device) for _ in range(2))
+    else:
+        widths = [max(int(x.count.max()), 1) for x in (one, other)]
+        buffer = torch.empty(*shape, sum(widths), dtype=torch.int32, device=device)
+        left, right = buffer.split(widths, -1)
+    one.write(left)
+    other.write(right)
+    return left, right
+
+
+def _rows(out: Tensor) -> Tensor:
+    """[B, H, R, W] -> [B H R, W], the same storage."""
+    return out.as_strided((out.shape[:-1].numel(), out.shape[-1]), (out.stride(-2), 1), out.storage_offset())
 
 
 def from_mask(chosen: Listed, keep: Tensor) -> Listed:

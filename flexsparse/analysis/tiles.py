@@ -50,7 +50,9 @@ class Tiles:
     block: int
     sizes: Sizes
     undecided: int = 0
+    # Filled when first asked for: the dense grid, and the tensors of a block mask.
     _grid: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    lists: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def q_tiles(self) -> int:
@@ -115,7 +117,9 @@ def classify(
     open_tiles = Spans(_without(touched, full)).listed()
     if not len(open_tiles.column):
         return Tiles(Spans(_without(touched, full)), Spans(full), block, sizes)
-    kind, undecided = decide(mask, _boxes(open_tiles, sizes, block), region)
+    # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
+    exact = not any(isinstance(n, Selected) for n in walk(mask))
+    kind, undecided = decide(mask, _boxes(open_tiles, sizes, block), region, exact=exact)
     ragged = _ragged(open_tiles, sizes, block)
     kind = torch.where(ragged & (kind == FULL), PARTIAL, kind)
     if bool((kind == PARTIAL).all()):

@@ -1,6 +1,6 @@
 """The command line: one file a command; nothing here imports torch before a command needs it."""
 
-from flexsparse.cli import check, code, demo, explain, list_patterns, show
+from flexsparse.cli import check, code, demo, explain, hardware, list_patterns, show
 from flexsparse.cli.group import CommandGroup
 
 main = CommandGroup(
@@ -33,6 +33,7 @@ main = CommandGroup(
         code.command,
         check.command,
         demo.command,
+        hardware.command,
     ],
 )
 

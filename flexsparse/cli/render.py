@@ -22,6 +22,7 @@ from flexsparse.cli.group import discard_output
 if TYPE_CHECKING:
     from flexsparse.cli.picture import Picture
     from flexsparse.explanation import Explanation
+    from flexsparse.hardware import Hardware
 
 # By kind: EMPTY, PARTIAL, FULL. A partial cell is shaded by its share of pairs where that is known.
 _UNICODE = ("·", "░▒▓", "█")
@@ -220,3 +221,19 @@ def _glyph(glyphs: tuple[str, str, str], kind: int, share: float | None) -> str:
 def _plain(console: Console) -> bool:
     """Whether the output cannot carry more than ASCII."""
     return console.options.ascii_only or not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
+def devices(known: Sequence[Hardware]) -> RenderableType:
+    """What the cost model assumes of each device."""
+    table = columns("device", "TFLOP/s", "GB/s", "processors", "full", "partial", right=(1, 2, 3, 4, 5))
+    for device in known:
+        table.add_row(
+            device.name,
+            f"{device.matrix_tflops:g}",
+            f"{device.bandwidth_gbs:g}",
+            str(device.multiprocessors),
+            f"{device.full_share:.0%}",
+            f"{device.partial_share:.0%}",
+        )
+    sources = {device.source: None for device in known}
+    return Group(table, "", *(Text(f"source  {source}", "bright_black") for source in sources))

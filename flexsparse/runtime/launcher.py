@@ -23,6 +23,7 @@ _SMALLER: tuple[dict[str, Any], ...] = (
     {"num_stages": 1, "BLOCK_M": 64, "BLOCK_N": 64},
     {"num_stages": 1, "BLOCK_M": 32, "BLOCK_N": 32},
 )
+_FAILURES = (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError)
 _TOO_LARGE = ("out of resource", "No valid triton configs", "OutOfResources")
 
 
@@ -64,8 +65,11 @@ class Launcher:
         """``functions`` are mask_mod and score_mod, ``lists`` the block mask's tensors."""
         arguments = (*functions, self.settings.block_size, scale, shapes.heads != shapes.kv_heads, with_lse)
         if not self.compiled:
-            with _torch.eager():
-                return self.run(operands, lists, *arguments, None)
+            try:
+                with _torch.eager():
+                    return self.run(operands, lists, *arguments, None)
+            except _FAILURES as error:
+                raise _cannot_build(shapes, "flex_eager", error) from error
         if self.settings.dynamic:
             operands = tuple(_dynamic(x, 2) for x in operands)
             lists = tuple(_dynamic(x, *range(2, x.dim())) for x in lists)
@@ -76,9 +80,9 @@ class Launcher:
                     return self.run(operands, lists, *arguments, dict(self.options[0]) or None)
             except _torch.RECOMPILE_LIMIT_HIT as error:
                 raise self._spent() from error
-            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError) as error:
+            except _FAILURES as error:
                 if not any(sign in str(error) for sign in _TOO_LARGE) or len(self.options) == 1:
-                    raise _cannot_build(shapes, error) from error
+                    raise _cannot_build(shapes, "flex", error) from error
             del self.options[0]
             warnings.warn(
                 f"FlexAttention's kernel does not fit the shared memory of {shapes.device}; "
@@ -126,9 +130,9 @@ def _describe(shapes: Shapes, lists: BlockLists, with_lse: bool) -> str:
     return ", ".join(parts)
 
 
-def _cannot_build(shapes: Shapes, error: BaseException) -> BackendError:
+def _cannot_build(shapes: Shapes, backend: str, error: BaseException) -> BackendError:
     return BackendError(
-        "backend='flex'",
+        f"backend={backend!r}",
         got=f"{type(error).__name__}: {_first_line(error)}",
         expected=f"flex_attention to run here (torch {torch.__version__}, {shapes.device})",
         mend="Use backend='chunked', which is exact and slower, or pass fallback='reference' to allow the dense "

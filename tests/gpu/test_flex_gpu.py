@@ -136,3 +136,20 @@ def test_masks_are_classified_on_the_gpu_as_on_the_cpu() -> None:
         given: dict[str, Any] = {n: t.cpu() for n, t in captured.items()}
         on_cpu(call.query.cpu(), call.key.cpu(), call.value.cpu(), **given)
         assert on_gpu.plan.tiles == on_cpu.plan.tiles
+
+
+def test_lists_too_large_for_every_column_share_a_buffer_and_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FlexAttention reads the full tiles with the strides of the partial ones, so both must have the same."""
+    from flexsparse.analysis import lists
+
+    query, key, value = (torch.randn(1, 2, 1500, 64, device="cuda", requires_grad=True) for _ in range(3))
+    results = []
+    # Patterns of different text, so that nothing of the first is reused for the second.
+    for text, roomy in (("causal()", 1 << 30), ("causal() & causal()", 0)):
+        monkeypatch.setattr(lists, "_ROOMY_BYTES", roomy)
+        out = fs.compile(text, backend="flex")(query, key, value)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

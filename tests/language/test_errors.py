@@ -173,12 +173,12 @@ ARGUMENTS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: captured("doc", dims=("b", "s"), encoding="boundaries"),
         "captured('doc', encoding): got 'boundaries' with dims=('b', 's') and dtype='int', "
-        "expected 'values', or 'boundaries' with dims=('s',) and dtype='int'.",
+        "expected 'values', or 'int' with 'boundaries', dims=('s',), or 'parents', dims=('side', 's').",
     ),
     (
         lambda: captured("doc", dims=("s",), encoding="ranges"),
         "captured('doc', encoding): got 'ranges' with dims=('s',) and dtype='int', "
-        "expected 'values', or 'boundaries' with dims=('s',) and dtype='int'.",
+        "expected 'values', or 'int' with 'boundaries', dims=('s',), or 'parents', dims=('side', 's').",
     ),
     (lambda: per_head([]), "per_head(entries): got [], expected a list of patterns, or of numbers, one for each head."),
     (

@@ -1,4 +1,4 @@
-"""Hand-written predicates for the patterns taken from papers and libraries; as in ``witnesses``, over plain integers."""
+"""Hand-written predicates for patterns taken from papers and libraries, over plain integers as in ``witnesses``."""
 
 from __future__ import annotations
 
