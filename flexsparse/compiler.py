@@ -18,6 +18,7 @@ from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.explanation import Explanation
 from flexsparse.expression import Expression, Pattern
+from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, compile_pattern
@@ -69,9 +70,10 @@ class BoundAttention:
     attention: CompiledAttention
     plan: Plan
 
-    def explain(self) -> Explanation:
-        """The plan with its candidates and reasons; ``str()`` of it is the text."""
-        return Explanation(str(self.attention.pattern), self.attention.ir, self.plan)
+    def explain(self, hardware: Hardware | str | None = None) -> Explanation:
+        """The plan with its candidates and reasons, and its cost on ``hardware``; ``str()`` gives the text."""
+        device = find(hardware) if isinstance(hardware, str) else hardware
+        return Explanation(str(self.attention.pattern), self.attention.ir, self.plan, device)
 
 
 class CompiledAttention:
@@ -218,9 +220,13 @@ class CompiledAttention:
         self._bound = BoundAttention(self, bind_shapes(self._compiled, shapes, self._settings))
         return self._bound
 
-    def explain(self, **shapes: Any) -> Explanation:
-        """What runs and why, for the last call, or for shapes as ``bind`` takes them."""
-        return (self.bind(**shapes) if shapes else self._last()).explain()
+    def explain(self, hardware: Hardware | str | None = None, **shapes: Any) -> Explanation:
+        """What runs and why, for the last call, or for shapes as ``bind`` takes them.
+
+        ``hardware`` adds the predicted cost of FlexAttention's kernels on a device by name ("H100", "A100", ...) or
+        as described. Raises SettingError for an unknown name.
+        """
+        return (self.bind(**shapes) if shapes else self._last()).explain(hardware)
 
     def code(self, stage: str) -> str:
         """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod" or "plan"."""

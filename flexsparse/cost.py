@@ -31,6 +31,12 @@ class Cost:
     parts: dict[str, float]
     hardware: str
 
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds * 1e3:.3g} ms forward predicted on {self.hardware}, set by {self.bound}; "
+            f"{self.bytes / 2**20:,.0f} MiB of operands, {self.lists_bytes / 2**20:,.1f} MiB of tile indices"
+        )
+
 
 def predict(plan: Plan, hardware: Hardware) -> Cost | None:
     """The cost of a plan's forward pass, None while its tiles are not known."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from flexsparse.cost import Cost, predict
+from flexsparse.hardware import Hardware
 from flexsparse.ir.program import Program
 from flexsparse.plan import Plan, TileCounts
 
@@ -16,6 +18,14 @@ class Explanation:
     pattern: str
     program: Program
     plan: Plan
+    hardware: Hardware | None = None
+
+    @property
+    def cost(self) -> Cost | None:
+        """The predicted cost on ``hardware``; None without one, while tiles are unknown, or for other backends."""
+        if self.hardware is None or self.plan.backend != "flex":
+            return None
+        return predict(self.plan, self.hardware)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -37,6 +47,7 @@ class Explanation:
                 for c in self.plan.candidates
             ],
             "notes": list(self.plan.notes),
+            "cost": None if self.cost is None else asdict(self.cost),
         }
 
     def __str__(self) -> str:
@@ -65,6 +76,8 @@ class Explanation:
             )
             lines.append(f"classes   {exact}")
             lines.append(f"work      {self.plan.flops or 0:.3g} floating-point operations forward, in whole tiles")
+        if self.cost is not None:
+            lines.append(f"cost      {self.cost}")
         lines.append(f"mask      {self.plan.mask_rows} row(s) x {self.plan.mask_heads} head(s)")
         lines += [f"note      {note}" for note in self.plan.notes]
         return "\n".join(lines)

@@ -10,6 +10,7 @@ from flexsparse.cli import options as shared
 
 if TYPE_CHECKING:
     from flexsparse.compiler import BoundAttention
+    from flexsparse.hardware import Hardware
     from flexsparse.plan import TileCounts
 
 # Beyond this length, tiles that depend on scores are left to the call: classifying them here would take long.
@@ -21,8 +22,9 @@ _LONGEST = 16384
 @shared.shape_options
 @shared.backend_option
 @shared.seed_option
+@click.option("--hardware", "device_name", help="Predict the time on H100, A100, ... or a file of `hardware --save`.")
 @shared.json_option
-def command(expression: str, backend: str, seed: int, as_json: bool, **given: Any) -> None:
+def command(expression: str, backend: str, seed: int, device_name: str | None, as_json: bool, **given: Any) -> None:
     """Explain what would run for given shapes: the backend, the others with their reasons, tiles, work, notes.
 
     No device is touched, so plans for a GPU can be made anywhere. Where tiles depend on scores or other tensors,
@@ -33,6 +35,7 @@ def command(expression: str, backend: str, seed: int, as_json: bool, **given: An
       flexsparse explain "causal() & sliding_window(512)" --device cuda
       flexsparse explain "sparsek_window(512, 512)" --length 8192 --grad --device cuda
       flexsparse explain "causal()" --backend flex --dtype float32
+      flexsparse explain "causal()" --length 65536 --device cuda --dtype bfloat16 --hardware H200
     """
     from flexsparse.cli import render
 
@@ -42,11 +45,23 @@ def command(expression: str, backend: str, seed: int, as_json: bool, **given: An
         attention = flexsparse.compile(expression, backend=backend)
         bound = shared.bind_from(attention, given)
         tiles = bound.plan.tiles or _example_tiles(bound, seed)
-    found = bound.explain()
+    found = bound.explain(_hardware(device_name))
     if as_json:
         shared.print_json(found.as_dict())
         return
     render.stdout().print(render.explanation(found, _tiles_text(bound, tiles, seed)))
+
+
+def _hardware(name: str | None) -> Hardware | None:
+    """A known device, or a measured one from its file."""
+    if name is None:
+        return None
+    import pathlib
+
+    from flexsparse.hardware import find, load
+
+    path = pathlib.Path(name)
+    return load(path) if path.suffix == ".json" else find(name)
 
 
 def _example_tiles(bound: BoundAttention, seed: int) -> TileCounts | None:

@@ -179,6 +179,8 @@ def explanation(found: Explanation, tiles: str) -> RenderableType:
     mask_text = f"{plan.mask_rows} row(s) x {plan.mask_heads} head(s) of tiles are kept"
     rows: list[tuple[str, str | Text]] = [("pattern", Text(found.pattern, "bold")), ("shapes", operands)]
     after: list[tuple[str, str | Text]] = [("tiles", tiles), ("work", work), ("mask", mask_text)]
+    if found.cost is not None:
+        after.append(("cost", str(found.cost)))
     after += [("note", note) for note in plan.notes]
     return Group(facts(*rows), "", table, "", facts(*after))
 

@@ -23,6 +23,7 @@ _SMALLER: tuple[dict[str, Any], ...] = (
     {"num_stages": 1, "BLOCK_M": 64, "BLOCK_N": 64},
     {"num_stages": 1, "BLOCK_M": 32, "BLOCK_N": 32},
 )
+_KERNEL_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 _FAILURES = (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError)
 _TOO_LARGE = ("out of resource", "No valid triton configs", "OutOfResources")
 
@@ -50,7 +51,7 @@ class Launcher:
             )
         self.options = [dict(settings.kernel_options)]
         if not settings.kernel_options:
-            self.options += _SMALLER
+            self.options = [{**option, **_fitting(settings.block_size, option)} for option in ({}, *_SMALLER)]
         self._call = ""
 
     def __call__(
@@ -104,6 +105,15 @@ class Launcher:
             mend="Lengths alone need no build while dynamic=True; keep dtype, head counts and head_dim fixed, or "
             "raise recompile_budget.",
         )
+
+
+def _fitting(block_size: int, option: dict[str, Any]) -> dict[str, Any]:
+    """Kernel blocks that divide a tile smaller than FlexAttention's usual 128; nothing for multiples of 128."""
+    if block_size % 128 == 0:
+        return {}
+    # The largest power of two in the tile size.
+    largest = min(block_size & -block_size, 64)
+    return {name: min(largest, option.get(name, largest)) for name in _KERNEL_BLOCKS}
 
 
 def _dynamic(tensor: Tensor, *dims: int) -> Tensor:

@@ -1,0 +1,72 @@
+"""The cost model: what it counts, which limit it names, and how it compares with what was measured."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+import flexsparse as fs
+from flexsparse import hardware
+from flexsparse.errors import SettingError
+from flexsparse.measurement import measure_hardware
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "flex_kernels_h200.json"
+MEASURED = [r for r in json.loads(RESULTS.read_text())["rows"] if r["mask"] in ("causal", "window", "full")]
+TEXTS = {"causal": "causal()", "window": "sliding_window(1024)", "full": "full()"}
+
+
+def cost_of(text: str, device: Any = "H200", **shapes: Any) -> Any:
+    options = {"q_len": 4096, "head_dim": 128, "heads": 16, "device": "cuda", **shapes}
+    return fs.compile(text).explain(hardware=device, **options).cost
+
+
+def test_operations_bytes_and_lists_are_counted_from_the_tiles() -> None:
+    cost = cost_of("causal()")
+    tiles = 32 * 33 // 2
+    # Two products of 128 x 128 x 128 a tile and head, two operations an element.
+    assert cost.flops == tiles * 16 * 2 * 2 * 128**3
+    assert cost.bytes == 4 * 16 * 4096 * 128 * 2 + 16 * 4096 * 4
+    assert cost.lists_bytes == 2 * 4 * tiles
+
+
+def test_the_bound_is_the_largest_part() -> None:
+    assert cost_of("causal()", q_len=65536).bound == "tiles"
+    assert cost_of("causal()", q_len=128).bound == "launch"
+    slow_memory = hardware.Hardware("slow", 1000, 1, 100, 1.0, 1.0, 0.0, 0.0, "made up")
+    assert cost_of("causal()", slow_memory).bound == "memory"
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=[f"{r['mask']}-{r['length']}-{r['dynamic']}" for r in MEASURED])
+def test_prediction_is_within_thirty_percent_of_the_run_it_was_fitted_to(row: dict[str, Any]) -> None:
+    cost = cost_of(TEXTS[row["mask"]], q_len=row["length"], heads=row["heads"])
+    assert cost.flops == pytest.approx(row["tflops_in_tiles"] * 1e9 * row["forward_ms"])
+    assert abs(cost.seconds * 1e3 / row["forward_ms"] - 1) < 0.30
+
+
+def test_other_backends_and_unknown_tiles_have_no_cost() -> None:
+    assert cost_of("causal()", device="H200", q_len=64) is not None
+    assert fs.compile("causal()", backend="chunked").explain(hardware="H200", q_len=64, head_dim=16).cost is None
+    assert cost_of("sparsek(4)") is None
+
+
+def test_devices_are_found_by_name_and_mistakes_named() -> None:
+    assert hardware.find("h100").name == "H100"
+    assert hardware.find("NVIDIA H100 80GB HBM3").matrix_tflops == hardware.find("H100").matrix_tflops
+    with pytest.raises(SettingError, match=r"hardware: got 'X100', expected one of A100, .* Did you mean"):
+        hardware.find("X100")
+
+
+def test_a_measurement_is_saved_and_read_back(tmp_path: pathlib.Path) -> None:
+    device = measure_hardware("cpu")
+    assert device.matrix_tflops > 0
+    assert device.bandwidth_gbs > 0
+    assert torch.__version__ in device.source
+    hardware.save(device, tmp_path / "here.json")
+    assert hardware.load(tmp_path / "here.json") == device
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SettingError, match="expected a file that `flexsparse hardware --save` wrote"):
+        hardware.load(tmp_path / "other.json")
