@@ -12,20 +12,25 @@ from flexsparse.analysis.lists import index_pair
 from flexsparse.analysis.tiles import Tiles
 
 BlockLists = tuple[Tensor, ...]
+_KEPT_BYTES = 1 << 25
 
 
 def block_lists(tiles: Tiles) -> BlockLists:
     """Counts and indices of the partial and the full tiles, for the key tiles of queries and the other way round.
 
-    Eight int32 tensors in the order of BlockMask's arguments, made once for each set of tiles.
+    Eight int32 tensors in the order of BlockMask's arguments; small ones are kept with the tiles for the next call.
     """
-    if not tiles.lists:
-        forward = (tiles.partial, tiles.full)
-        backward = (tiles.partial.transposed(), tiles.full.transposed())
-        for partial, full in (forward, backward):
-            left, right = index_pair(partial, full)
-            tiles.lists.extend((partial.count.contiguous(), left, full.count.contiguous(), right))
-    return tuple(tiles.lists)
+    if tiles.lists:
+        return tuple(tiles.lists)
+    made: list[Tensor] = []
+    forward = (tiles.partial, tiles.full)
+    backward = (tiles.partial.transposed(), tiles.full.transposed())
+    for partial, full in (forward, backward):
+        left, right = index_pair(partial, full)
+        made += [partial.count.contiguous(), left, full.count.contiguous(), right]
+    if sum(tensor.nbytes for tensor in made) <= _KEPT_BYTES:
+        tiles.lists.extend(made)
+    return tuple(made)
 
 
 def make_block_mask(tiles: Tiles, mask_mod: Callable[..., Tensor]) -> BlockMask:

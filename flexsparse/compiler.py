@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -220,6 +220,42 @@ class CompiledAttention:
         self._bound = BoundAttention(self, bind_shapes(self._compiled, shapes, self._settings))
         return self._bound
 
+    def warmup(
+        self,
+        lengths: Sequence[int],
+        *,
+        head_dim: int,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+        needs_grad: bool = False,
+        progress: bool = True,
+        captured: Callable[[int], Mapping[str, Tensor]] | None = None,
+    ) -> int:
+        """Build ahead what calls of these lengths will need, with a progress bar; the number of builds it took.
+
+        Each length is run once on random operands, forward and, with ``needs_grad``, backward. Scores are random;
+        ``captured(length)`` gives the pattern's other tensors, on ``device``.
+        Raises the errors of a call, and SettingError for an empty list or a length below 1.
+        """
+        if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
+            raise SettingError("lengths", got=repr(lengths), expected="lengths of at least 1, such as [1024, 4096]")
+        before = self.builds
+        for length in _watched(lengths, "Building", progress):
+            given: dict[str, Any] = dict(captured(length)) if captured is not None else {}
+            for name in {s.scores for s in self.ir.selections} - set(given):
+                given[name] = torch.randn(batch, 1, length, device=device)
+            query, key, value = (
+                torch.randn(batch, n, length, head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
+                for n in (heads, kv_heads or heads, kv_heads or heads)
+            )
+            out = self(query, key, value, **given)
+            if needs_grad:
+                torch.autograd.grad(out.sum(), (query, key, value))
+        return self.builds - before
+
     def explain(self, hardware: Hardware | str | None = None, **shapes: Any) -> Explanation:
         """What runs and why, for the last call, or for shapes as ``bind`` takes them.
 
@@ -286,6 +322,17 @@ def _launchers(pattern: Any, settings: Settings, offset: bool, compiled: bool) -
     # The pattern and the offset are part of the key: each kind of function gets launchers of its own.
     digest = hashlib.sha256(repr((pattern, settings, offset, compiled)).encode()).hexdigest()[:16]
     return Launchers(digest, settings, compiled)
+
+
+def _watched(lengths: Sequence[int], what: str, progress: bool) -> Iterator[int]:
+    """The lengths one by one, with a bar on standard error."""
+    if not progress:
+        yield from lengths
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(lengths, description=what, console=Console(stderr=True))
 
 
 @functools.cache

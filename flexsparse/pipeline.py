@@ -84,6 +84,11 @@ def _static_tiles(mask: Node, sizes: Any, block: int, device: str) -> Tiles:
     return classify(mask, sizes, block=block, device=device)
 
 
+def forget_tiles() -> None:
+    """Drop the classified tiles that are kept from call to call."""
+    _static_tiles.cache_clear()
+
+
 def reads_tensors(mask: Node) -> bool:
     """Whether the mask depends on anything that is given at the call, or on a table of ``per_head`` numbers."""
     return any(isinstance(n, Load | Selected | Opaque) for n in walk(mask))

@@ -1,4 +1,4 @@
-"""Questions about patterns, answered with a reason: equivalent, implies, is_causal, depends_on; and simplify.
+"""Questions about patterns or their text, answered with a reason: equivalent, implies, is_causal, depends_on; simplify.
 
 Canonical forms are compared first, then small sizes are searched for a counterexample, and then z3, where it is
 installed, decides for every size. An answer that none of them gives is None.
@@ -22,6 +22,7 @@ from flexsparse.ir.canonical import canonical
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import FALSE, INDEX_SYMBOLS, SIZE_SYMBOLS, Apply, Load, Node, Opaque, Symbol, walk
 from flexsparse.ir.program import Program, Selected
+from flexsparse.parser import parse
 from flexsparse.verdict import Verdict
 
 E = TypeVar("E", bound=Expression)
@@ -39,7 +40,7 @@ def simplify(pattern: E) -> E:
     return wrap(canonical(pattern.node))  # type: ignore[return-value]
 
 
-def implies(a: Pattern, b: Pattern) -> Verdict:
+def implies(a: Pattern | str, b: Pattern | str) -> Verdict:
     """Whether every pair (q, kv) that ``a`` lets through, ``b`` lets through, at every size and for all tensors."""
     return _answer(
         _program(a),
@@ -49,12 +50,12 @@ def implies(a: Pattern, b: Pattern) -> Verdict:
     )
 
 
-def equivalent(a: Pattern, b: Pattern) -> Verdict:
+def equivalent(a: Pattern | str, b: Pattern | str) -> Verdict:
     """Whether the masks of ``a`` and ``b`` are equal at every size and for all tensors. Scores are not compared."""
     return _answer(_program(a), _program(b), lambda x, y: Apply("xor", (x, y)), "the two differ at {at}")
 
 
-def is_causal(pattern: Pattern) -> Verdict:
+def is_causal(pattern: Pattern | str) -> Verdict:
     """Whether no query sees a later key."""
     after = Pattern(Apply("le", (Symbol("kv"), Symbol("q"))))
     verdict = implies(pattern, after)
@@ -63,7 +64,7 @@ def is_causal(pattern: Pattern) -> Verdict:
     return Verdict(verdict.holds, verdict.reason if verdict.holds is None else "no query sees a later key")
 
 
-def depends_on(pattern: Pattern, name: str) -> Verdict:
+def depends_on(pattern: Pattern | str, name: str) -> Verdict:
     """Whether the mask of ``pattern`` can change with "b", "h", "q", "kv", a size, or a captured tensor."""
     program = _program(pattern)
     tensors = {spec.name for spec in program.tensors}
@@ -98,8 +99,9 @@ def _shown(mask: Node) -> str:
     return program_text(mask)
 
 
-def _program(pattern: Pattern) -> Program:
-    return lower(pattern.node)
+def _program(pattern: Pattern | str) -> Program:
+    expression = parse(pattern) if isinstance(pattern, str) else pattern
+    return lower(expression.node)
 
 
 def _answer(a: Program, b: Program, wrong: Callable[[Node, Node], Node], verb: str) -> Verdict:

@@ -44,6 +44,25 @@ def test_static_lengths_spend_the_budget_and_the_error_lists_them() -> None:
     assert attention.builds == 2
 
 
+@pytest.mark.slow
+def test_warmup_builds_what_later_calls_need(capsys: pytest.CaptureFixture[str]) -> None:
+    attention = fs.compile("document & causal & sliding_window(70)", backend="flex")
+
+    def documents(length: int) -> dict[str, torch.Tensor]:
+        return {"doc": torch.zeros(length, dtype=torch.long)}
+
+    made = attention.warmup([300, 400], head_dim=16, heads=2, dtype=torch.float32, device="cpu", captured=documents)
+    assert made == 1
+    assert "Building" in capsys.readouterr().err
+    run(attention, 500)
+    assert attention.builds == 1
+
+
+def test_warmup_refuses_no_lengths() -> None:
+    with pytest.raises(SettingError, match=r"lengths: got \[\], expected lengths of at least 1"):
+        fs.compile("causal").warmup([], head_dim=16)
+
+
 def test_the_budget_is_checked() -> None:
     with pytest.raises(SettingError, match="recompile_budget: got 0, expected an integer of at least 1"):
         fs.compile("causal", recompile_budget=0)
