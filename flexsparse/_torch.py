@@ -76,6 +76,11 @@ def block_mask(
     )
 
 
+def version_of(tensor: Tensor) -> int:
+    """A number that grows with every change in place of the tensor or of what it views."""
+    return tensor._version
+
+
 def inductor(graph: Any, inputs: Any) -> Any:
     """torch.compile's default backend, to be wrapped by one that counts."""
     return lookup_backend("inductor")(graph, inputs)

@@ -20,6 +20,7 @@ from flexsparse.ir.verify import verify
 from flexsparse.plan import Plan, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured
+from flexsparse.runtime.tile_cache import TileCache
 from flexsparse.settings import Settings
 
 
@@ -73,20 +74,26 @@ def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
 
 
 def classify_tiles(program: Program, shapes: Shapes, settings: Settings, buffers: Mapping[str, Any]) -> Tiles:
-    """The class of every tile, from the cache where the mask reads no tensor."""
-    if reads_tensors(program.mask):
-        return classify(program.mask, shapes.sizes, buffers, block=settings.block_size, device=shapes.device)
-    return _static_tiles(program.mask, shapes.sizes, settings.block_size, str(shapes.device))
+    """The class of every tile; kept for the next call unless it depends on scores or on an untraced function."""
+    mask, sizes, block = program.mask, shapes.sizes, settings.block_size
+
+    def make() -> Tiles:
+        return classify(mask, sizes, buffers, block=block, device=shapes.device)
+
+    if any(isinstance(n, Selected | Opaque) for n in walk(mask)):
+        return make()
+    names = {n.tensor.name for n in walk(mask) if isinstance(n, Load)}
+    # Tables are made anew at each call; their numbers are part of the key.
+    tensors = {spec.name: buffers[spec.name] for spec in program.tensors if spec.name in names}
+    return _TILES.get((mask, program.tables, sizes, block, str(shapes.device)), tensors, make)
 
 
-@functools.lru_cache(maxsize=64)
-def _static_tiles(mask: Node, sizes: Any, block: int, device: str) -> Tiles:
-    return classify(mask, sizes, block=block, device=device)
+_TILES = TileCache()
 
 
 def forget_tiles() -> None:
     """Drop the classified tiles that are kept from call to call."""
-    _static_tiles.cache_clear()
+    _TILES.clear()
 
 
 def reads_tensors(mask: Node) -> bool:

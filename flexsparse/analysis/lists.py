@@ -16,7 +16,7 @@ from flexsparse.analysis.intervals import Intervals, normal
 # Index tensors up to this size are padded to every column, as torch's own are; larger ones only as far as needed.
 _ROOMY_BYTES = 1 << 24
 # Elements that are filled in at once.
-_SLAB = 1 << 22
+_SLAB = 1 << 20
 
 
 @dataclass(frozen=True)

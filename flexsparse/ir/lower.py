@@ -108,9 +108,12 @@ class _Lowering:
         numbers = [simplify(entry) for entry in entries]
         if kind is not Kind.BOOL and all(isinstance(n, Constant) for n in numbers):
             values = tuple(n.value for n in numbers if isinstance(n, Constant))
-            if values not in self.tables:
+            # 1 == 1.0 in Python, but a table of integers is not one of reals.
+            known = [(tuple(map(type, table)), table) for table in self.tables]
+            if (tuple(map(type, values)), values) not in known:
                 self.tables.append(values)
-            spec = TensorSpec(table_name(self.tables.index(values)), ("entry",), kind)
+                known.append((tuple(map(type, values)), values))
+            spec = TensorSpec(table_name(known.index((tuple(map(type, values)), values))), ("entry",), kind)
             return Load(spec, (self.entry_of_head(len(values)),))
         result = entries[-1]
         for position in reversed(range(len(entries) - 1)):
