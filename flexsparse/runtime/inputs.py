@@ -206,6 +206,7 @@ def _captured(
         return _segment_ids(name, tensor, shapes, validate)
     if spec.encoding == "parents":
         return _tree_walk(name, tensor, shapes)
+    given = tuple(tensor.shape)
     if spec.dims[:1] == ("b",) and tensor.dim() == len(spec.dims) - 1:
         tensor = tensor.unsqueeze(0)
     if tensor.dim() != len(spec.dims):
@@ -218,7 +219,7 @@ def _captured(
         elif dim in known and size != known[dim]:
             raise ShapeError(
                 name,
-                got=f"size {size} in dimension {position} of shape {tuple(tensor.shape)}",
+                got=f"size {size} in dimension {position - tensor.dim() + len(given)} of shape {given}",
                 expected=f"{known[dim]}, the {_DIM_NAMES[dim]}",
             )
         elif dim not in known:

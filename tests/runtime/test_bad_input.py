@@ -326,3 +326,10 @@ def test_a_device_that_holds_no_values_is_refused_in_words(backend: str) -> None
     given = {name: x.to("meta") for name, x in operands().items()}
     with pytest.raises(DeviceError):
         fs.compile("causal", backend=backend)(**given)
+
+
+def test_a_row_without_its_batch_dimension_is_named_as_it_came() -> None:
+    query = torch.randn(1, 1, 12, 8)
+    with pytest.raises(ShapeError) as caught:
+        fs.compile("document", backend="chunked")(query, query, query, doc=torch.arange(5))
+    assert str(caught.value) == "doc: got size 5 in dimension 0 of shape (5,), expected 12, the key length."
