@@ -197,7 +197,12 @@ def _ragged(tiles: Listed, sizes: Sizes, block: int) -> Tensor:
 
 def index_errors(node: Node, sizes: Sizes, tensors: Mapping[str, Tensor]) -> list[tuple[Load, int, int, int]]:
     """Look-ups that can leave their tensor: (look-up, dimension, least index, greatest index)."""
-    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    loads = {n for n in walk(node) if isinstance(n, Load)}
+    if not loads:
+        return []
+    # Where no index is itself looked up, the bounds are a few numbers, and the host finds them without waiting.
+    nested = any(isinstance(n, Load) for load in loads for index in load.index for n in walk(index))
+    device = next(iter(tensors.values())).device if nested else torch.device("cpu")
 
     def span(first: int, count: int) -> Bounds:
         return Bounds(torch.tensor(first, device=device), torch.tensor(first + count - 1, device=device))
@@ -210,7 +215,7 @@ def index_errors(node: Node, sizes: Sizes, tensors: Mapping[str, Tensor]) -> lis
     }
     region = Region(ranges, _named(sizes), tensors, device)
     found = []
-    for load in {n for n in walk(node) if isinstance(n, Load)}:
+    for load in loads:
         for dim, index in enumerate(load.index):
             reach = bounds(index, region)
             low, high = int(reach.low.min()), int(reach.high.max())
