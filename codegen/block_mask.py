@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -24,10 +25,12 @@ def block_lists(tiles: Tiles) -> BlockLists:
         return tuple(tiles.lists)
     made: list[Tensor] = []
     forward = (tiles.partial, tiles.full)
-    backward = (tiles.partial.transposed(), tiles.full.transposed())
-    for partial, full in (forward, backward):
-        left, right = index_pair(partial, full)
-        made += [partial.count.contiguous(), left, full.count.contiguous(), right]
+    # What is kept serves training as well, so it must not be made of inference tensors.
+    with torch.inference_mode(False):
+        backward = (tiles.partial.transposed(), tiles.full.transposed())
+        for partial, full in (forward, backward):
+            left, right = index_pair(partial, full)
+            made += [partial.count.contiguous(), left, full.count.contiguous(), right]
     if sum(tensor.nbytes for tensor in made) <= _KEPT_BYTES:
         tiles.lists.extend(made)
     return tuple(made)

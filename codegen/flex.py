@@ -108,6 +108,11 @@ def opaque_name(number: int) -> str:
     return f"opaque_{number}"
 
 
+def opaque_functions(program: Program) -> dict[str, Callable[..., Any]]:
+    """The functions that could not be traced, under the names by which ``build`` takes them."""
+    return {opaque_name(n): leaf.function for n, leaf in enumerate(program.opaque)}
+
+
 def _is_loaded(program: Program, name: str) -> bool:
     nodes = (n for e in program.expressions.values() for n in walk(e))
     return any(isinstance(n, Load) and n.tensor.name == name for n in nodes)

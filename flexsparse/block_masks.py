@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexsparse.analysis.tiles import Tiles
 from flexsparse.codegen.block_mask import make_block_mask
-from flexsparse.codegen.flex import opaque_name
+from flexsparse.codegen.flex import opaque_functions
 from flexsparse.errors import ShapeError
 from flexsparse.expression import Pattern
 from flexsparse.ir.program import Program
@@ -45,7 +45,7 @@ def block_mask(
     of key tiles; ``BlockMask.to_dense`` needs the full width, which masks up to 16 MiB of indices have.
     Raises ShapeError for lengths below 1 and the errors of a call for captured tensors.
     """
-    tiles, functions, _ = _bound(pattern, q_len, kv_len, batch, heads, device, block_size, captured)
+    tiles, functions = _bound(pattern, q_len, kv_len, batch, heads, device, block_size, captured)
     return make_block_mask(tiles, functions["mask_mod"])
 
 
@@ -67,8 +67,7 @@ def bind_functions(
 
 
 def _functions(compiled: Compiled, buffers: Mapping[str, Any]) -> dict[str, Any]:
-    opaque = {opaque_name(n): leaf.function for n, leaf in enumerate(compiled.program.opaque)}
-    values = {**buffers, **opaque}
+    values = {**buffers, **opaque_functions(compiled.program)}
     return compiled.generated.build(**{name: values[name] for name in compiled.generated.arguments})
 
 
@@ -81,7 +80,7 @@ def _bound(
     device: torch.device | str | None,
     block_size: int,
     captured: Mapping[str, Tensor | None],
-) -> tuple[Tiles, dict[str, Any], Program]:
+) -> tuple[Tiles, dict[str, Any]]:
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     kv_len = q_len if kv_len is None else kv_len
     for name, size in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("heads", heads)):
@@ -99,4 +98,4 @@ def _bound(
     buffers = make_buffers(compiled.program, shapes, checked)
     refuse_outside(compiled.program, shapes, buffers)
     tiles = classify_tiles(compiled.program, shapes, settings, buffers)
-    return tiles, _functions(compiled, buffers), compiled.program
+    return tiles, _functions(compiled, buffers)

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from flexsparse.codegen.flex import opaque_name
+from flexsparse.codegen.flex import opaque_functions
 from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.explanation import Explanation
@@ -306,7 +306,7 @@ class CompiledAttention:
         constants = {name: value for name, value in values.items() if name not in names}
         tensors = tuple(values[name] for name in names)
         dims = tuple(sequence_dims(self.ir, name) for name in names)
-        opaque = {opaque_name(n): leaf.function for n, leaf in enumerate(self.ir.opaque)}
+        opaque = opaque_functions(self.ir)
         work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors)

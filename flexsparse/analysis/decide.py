@@ -45,13 +45,14 @@ def decide(mask: Node, boxes: Boxes, region: Region, *, exact: bool = True) -> t
     ``exact=False`` stops after the bounds of the boxes themselves.
     """
     kinds, undecided, budget = [], 0, _BUDGET
-    if not exact:
-        found = box_bounds(mask, boxes, region)
-        kind = _kinds(found.high, ~found.low)
-        return kind, int((kind == PARTIAL).sum())
     for first in range(0, len(boxes), _SLAB):
         part = boxes.at(torch.arange(first, min(first + _SLAB, len(boxes)), device=region.device))
-        kind, left, budget = _decide_slab(mask, part, region, budget)
+        if exact:
+            kind, left, budget = _decide_slab(mask, part, region, budget)
+        else:
+            found = box_bounds(mask, part, region)
+            kind = _kinds(found.high, ~found.low)
+            left = int((kind == PARTIAL).sum())
         kinds.append(kind)
         undecided += left
     return torch.cat(kinds) if kinds else boxes.b.to(torch.uint8), undecided

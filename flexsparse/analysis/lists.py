@@ -39,7 +39,7 @@ class Spans:
         low, length = self.intervals.low, (self.intervals.high - self.intervals.low + 1).clamp(min=0)
         flat = length.flatten()
         ends = flat.cumsum(0)
-        owner = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
+        owner = _owners(flat)
         inside = torch.arange(len(owner), device=flat.device) - (ends - flat)[owner]
         return Listed(length.sum(-1).int(), (low.flatten()[owner] + inside).int(), self.columns)
 
@@ -90,14 +90,14 @@ class Listed:
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """b, h, row and column of every tile, [T] int64 each."""
         flat = self.count.flatten().long()
-        owner = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
+        owner = _owners(flat)
         _, heads, rows = self.count.shape
         return owner // (heads * rows), owner // rows % heads, owner % rows, self.column.long()
 
     def write(self, out: Tensor) -> None:
         """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind."""
         flat = self.count.flatten().long()
-        owner = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
+        owner = _owners(flat)
         inside = torch.arange(len(owner), device=flat.device) - (flat.cumsum(0) - flat)[owner]
         into = _rows(out)
         into.zero_()
@@ -134,6 +134,11 @@ def index_pair(one: Spans | Listed, other: Spans | Listed) -> tuple[Tensor, Tens
     return left, right
 
 
+def _owners(count: Tensor) -> Tensor:
+    """The row of every tile, for rows of ``count`` [R] int64 tiles each."""
+    return torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+
+
 def _rows(out: Tensor) -> Tensor:
     """[B, H, R, W] -> [B H R, W], the same storage."""
     return out.as_strided((out.shape[:-1].numel(), out.shape[-1]), (out.stride(-2), 1), out.storage_offset())
@@ -142,7 +147,7 @@ def _rows(out: Tensor) -> Tensor:
 def from_mask(chosen: Listed, keep: Tensor) -> Listed:
     """The tiles of a list that ``keep`` [T] marks."""
     flat = chosen.count.flatten().long()
-    owner = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
+    owner = _owners(flat)
     count = torch.bincount(owner[keep], minlength=len(flat)).int().reshape(chosen.count.shape)
     return Listed(count, chosen.column[keep], chosen.columns)
 
@@ -152,10 +157,9 @@ def merged(one: Spans | Listed, other: Listed) -> Spans | Listed:
     if not len(other.column):
         return one
     left = one.listed()
-    rows = left.count.numel()
     keys = []
     for part in (left, other):
-        owner = torch.repeat_interleave(torch.arange(rows, device=part.count.device), part.count.flatten().long())
+        owner = _owners(part.count.flatten().long())
         keys.append(owner * left.columns + part.column.long())
     joined = torch.cat(keys).sort().values
     return Listed((left.count + other.count), (joined % left.columns).int(), left.columns)

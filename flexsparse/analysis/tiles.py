@@ -114,16 +114,17 @@ def classify(
     may, must = (_expanded(x, count) for x in (found.may, found.must))
     touched = _touched(may, sizes.kv_len, block)
     full = _covered(must, sizes, block)
-    open_tiles = Spans(_without(touched, full)).listed()
+    open_spans = Spans(touched & ~full)
+    open_tiles = open_spans.listed()
     if not len(open_tiles.column):
-        return Tiles(Spans(_without(touched, full)), Spans(full), block, sizes)
+        return Tiles(open_spans, Spans(full), block, sizes)
     # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
     exact = not any(isinstance(n, Selected) for n in walk(mask))
     kind, undecided = decide(mask, _boxes(open_tiles, sizes, block), region, exact=exact)
     ragged = _ragged(open_tiles, sizes, block)
     kind = torch.where(ragged & (kind == FULL), PARTIAL, kind)
     if bool((kind == PARTIAL).all()):
-        return Tiles(Spans(_without(touched, full)), Spans(full), block, sizes, undecided)
+        return Tiles(open_spans, Spans(full), block, sizes, undecided)
     partial = from_mask(open_tiles, kind == PARTIAL)
     all_full = merged(Spans(full), from_mask(open_tiles, kind == FULL))
     return Tiles(partial, all_full, block, sizes, undecided)
@@ -132,6 +133,8 @@ def classify(
 def region_of(
     sizes: Sizes, tensors: Mapping[str, Any], count: tuple[int, int, int], block: int, device: torch.device
 ) -> Region:
+    """The ranges of every row of query tiles, ``count`` being [B, H, T_q]; kv ranges over all keys."""
+
     def points(number: int, *shape: int) -> Bounds:
         value = torch.arange(number, device=device).reshape(shape)
         return Bounds(value, value)
@@ -175,10 +178,6 @@ def _covered(must: Intervals, sizes: Sizes, block: int) -> Intervals:
     last = torch.arange(tiles.low.shape[-2], device=tiles.low.device) == tiles.low.shape[-2] - 1
     ragged = last.unsqueeze(-1)
     return Intervals(tiles.low.masked_fill(ragged, tiles.size), tiles.high.masked_fill(ragged, -1), tiles.size)
-
-
-def _without(touched: Intervals, full: Intervals) -> Intervals:
-    return touched & ~full
 
 
 def _boxes(tiles: Listed, sizes: Sizes, block: int) -> Boxes:

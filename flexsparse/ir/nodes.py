@@ -275,8 +275,6 @@ OPERATIONS = {
     )
 }
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-# The infix operations of two numbers, and of two patterns, by their Python operator.
-FUNCTIONS = tuple(op.name for op in OPERATIONS.values() if not op.symbol and op.name != "abs")
 
 TRUE = Constant(True)
 FALSE = Constant(False)

@@ -57,7 +57,9 @@ class TileCache:
                 self._entries.move_to_end(key)
                 return entry.tiles
         versions = {name: version_of(t) for name, t in tensors.items()}
-        tiles = make()
+        # What is kept serves training as well, so it must not be made of inference tensors.
+        with torch.inference_mode(False):
+            tiles = make()
         with self._lock:
             kept = {name: t.detach() for name, t in tensors.items()}
             self._entries[key] = _Entry(kept, versions, tiles)

@@ -82,3 +82,17 @@ def test_inference_tensors_are_not_kept(made: list[Any]) -> None:
         kinds("document", doc=doc)
         kinds("document", doc=doc)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("text", ["causal", "document"])
+def test_what_inference_left_behind_serves_training(made: list[Any], text: str) -> None:
+    query = torch.randn(1, 1, S, 16, requires_grad=True)
+    captured: dict[str, Any] = {"doc": torch.arange(S) // 100} if text == "document" else {}
+    attention = fs.compile(text, backend="flex_eager")
+    with torch.inference_mode():
+        attention(query, query, query, **captured)
+    attention(query, query, query, **captured).sum().backward()
+    kept = fs.block_mask(text, S, **captured)
+    assert not kept.kv_indices.is_inference()
+    assert not kept.kv_num_blocks.is_inference()
+    assert len(made) == 1
