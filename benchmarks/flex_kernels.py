@@ -3,8 +3,9 @@
     python benchmarks/flex_kernels.py --out benchmarks/results/flex_kernels_h200.json
 
 For each mask and length: forward and forward + backward of flexsparse (dynamic lengths, and static ones for
-causal), the tiles, the achieved rate in whole tiles, and the time to build the block mask. bf16, head_dim 128,
-medians; a call's own work on the host lies between the events where the kernel is shorter than it.
+causal), the tiles, the achieved rate in whole tiles, and the time to build the block mask. bf16, head_dim 128.
+``forward_ms`` and ``forward_backward_ms`` are medians of whole calls, with the work of the host; ``kernel_ms`` and
+``kernel_backward_ms`` are what the GPU spends in attention's kernels, from torch.profiler, the mean of 5 calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ def measure(name: str, text: str, length: int, heads: int, dynamic: bool) -> dic
         torch.autograd.grad(attention(*tensors, validate=False, **captured), tensors, weight)
 
     both = do_bench(step, return_mode="median")
+    kernels = kernel_times(step)
     begin = time.perf_counter()
     for _ in range(5):
         fs.block_mask(text, length, device="cuda", **captured)
@@ -74,12 +77,24 @@ def measure(name: str, text: str, length: int, heads: int, dynamic: bool) -> dic
         "dynamic": dynamic,
         "forward_ms": forward,
         "forward_backward_ms": both,
+        "kernel_ms": sum(ms for kernel, ms in kernels.items() if "backward" not in kernel),
+        "kernel_backward_ms": sum(ms for kernel, ms in kernels.items() if "backward" in kernel),
         "first_call_s": first,
         "block_mask_ms": mask_ms,
         "partial": tiles.partial,
         "full": tiles.full,
         "tflops_in_tiles": flops / forward / 1e9,
     }
+
+
+def kernel_times(step: Callable[[], None], repeats: int = 5) -> dict[str, float]:
+    """Milliseconds a call that the GPU spends in each kernel of attention, by its name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.key_averages() if "flex_attention" in event.key]
+    return {event.key: event.device_time_total / repeats / 1e3 for event in kernels}
 
 
 def main() -> int:

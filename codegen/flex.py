@@ -39,6 +39,7 @@ _SCALAR_CALLS = {
     **{f: f"math.{f}" for f in ("exp", "log", "log2", "sqrt", "tanh", "cos", "floor")},
     **{"abs": "abs", "minimum": "min", "maximum": "max"},
 }
+_SCORE_FUNCTIONS = ("score_mod", "kept_score_mod", "lost_score_mod")
 _WIDTH = 100
 _COMMENT_WIDTH = 160
 
@@ -48,8 +49,9 @@ class Generated:
     """A generated module: its text, the names that ``build`` takes, and ``build`` itself.
 
     ``build(**values)`` returns the functions by name: ``mask_mod``, ``score_mod`` (None where the score is
-    untouched), ``gated_score_mod`` (score_mod plus the log of the V gate) and ``value_gate``; the last two are
-    None where no gate acts on V.
+    untouched), and for a gate on V: ``kept_score_mod`` (score_mod plus the log of the gate), ``lost_score_mod``
+    (score_mod plus the log of ``gate_total`` less the gate), ``value_gate`` and ``gate_total``. These are None where
+    no gate acts on V.
     """
 
     source: str
@@ -122,8 +124,7 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bo
     hoisted: dict[Node, str] = {}
     bodies = {
         "mask_mod": _mask_function(program, offset, hoisted),
-        "score_mod": _score_function(program, offset, hoisted, value_gate=False),
-        "gated_score_mod": _score_function(program, offset, hoisted, value_gate=True),
+        **{name: _score_function(program, offset, hoisted, name) for name in _SCORE_FUNCTIONS},
         "value_gate": _value_gate_function(program, offset, hoisted),
     }
     present = {name: body for name, body in bodies.items() if body}
@@ -133,7 +134,7 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bo
     for body in present.values():
         lines += ["", textwrap.indent(body, "    ")]
     entries = ", ".join(f'"{name}": {name if name in present else None}' for name in bodies)
-    lines += ["", f"    return {{{entries}}}", ""]
+    lines += ["", f'    return {{{entries}, "gate_total": {_gate_total(program)}}}', ""]
     text = "\n".join(lines).lstrip("\n")
     imports = ["import math", ""] if "math." in text else []
     return "\n".join([f"# {title}", *imports, "import torch", "", "", f"def build({_keywords(arguments)}):", text])
@@ -175,10 +176,22 @@ def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> 
     return _function("mask_mod", "b, h, q, kv", offset, program_text(program.mask), lines)
 
 
-def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], *, value_gate: bool) -> str:
-    """score_mod, or gated_score_mod; empty where there is nothing to do."""
-    one = Constant(1.0)
-    if value_gate and program.gate_v == one:
+def _gate_total(program: Program) -> float | None:
+    """What ``lost_score_mod`` subtracts the gate on V from; None without one.
+
+    1 leaves nothing of a key whose gate is 1. A straight-through gate is 1 everywhere and still has a gradient,
+    which the logarithm of nothing would lose.
+    """
+    if program.gate_v == Constant(1.0):
+        return None
+    return 2.0 if any(isinstance(n, Gate) and n.straight_through for n in walk(program.gate_v)) else 1.0
+
+
+def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], name: str) -> str:
+    """One of ``_SCORE_FUNCTIONS``; empty where there is nothing to do."""
+    one, total = Constant(1.0), _gate_total(program)
+    value_gate = name != "score_mod"
+    if value_gate and total is None:
         return ""
     steps: list[tuple[str, Node]] = []
     emitter = _Emitter("score.dtype", hoisted, program.opaque)
@@ -188,10 +201,19 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], *,
         steps.append(("score = score * gate", program.gate_k))
     if program.has_score:
         steps.append((f"score = {emitter.emit_score(program.score)}", program.score))
-    for gate in (program.gate_logit, program.gate_v if value_gate else one):
-        if gate != one:
-            shown = "gate" if gate == program.gate_k else emitter.emit(gate)
-            steps.append((f"score = score + torch.log({shown})", gate))
+
+    def shown(gate: Node) -> str:
+        return "gate" if gate == program.gate_k else emitter.emit(gate)
+
+    if program.gate_logit != one:
+        steps.append((f"score = score + torch.log({shown(program.gate_logit)})", program.gate_logit))
+    if name == "kept_score_mod":
+        steps.append((f"score = score + torch.log({shown(program.gate_v)})", program.gate_v))
+    if name == "lost_score_mod":
+        steps.append((f"lost = {total} - {shown(program.gate_v)}", program.gate_v))
+        # The inner choice keeps the gradient of the logarithm finite where nothing is lost.
+        steps.append(("some = torch.where(lost > 0.0, lost, 1.0)", one))
+        steps.append(('score = torch.where(lost > 0.0, score + torch.log(some), -float("inf"))', one))
     if not steps:
         return ""
     gates = emitter.gate_lines([node for _, node in steps])
@@ -199,8 +221,7 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], *,
     if program.gate_k != one:
         comment = f"score * gate_k, then {comment}" if program.has_score else "score * gate_k"
     comment += " + log(gate_logit)" if program.gate_logit != one else ""
-    comment += " + log(gate_v)" if value_gate else ""
-    name = "gated_score_mod" if value_gate else "score_mod"
+    comment += {"kept_score_mod": " + log(gate_v)", "lost_score_mod": f" + log({total} - gate_v)"}.get(name, "")
     body = gates + body + [line for line, _ in steps] + ["return score"]
     return _function(name, "score, b, h, q, kv", offset, comment, body)
 

@@ -1,8 +1,8 @@
 """What a plan costs on a device: operations, bytes, predicted time, and which of them sets it.
 
-A row of query tiles is one program on one multiprocessor: it takes a fixed time, and a time for each full and each
-partial tile, which come from the share of the matrix rate that FlexAttention's kernel was measured to reach. Rows
-spread evenly over the multiprocessors; device memory and the launch set lower limits.
+A full and a partial tile each take a time of their own on one multiprocessor, from the share of the matrix rate that
+FlexAttention's kernel was measured to reach on it. Tiles spread evenly over the multiprocessors; device memory and
+the launch set lower limits. It is the time of the kernels: what a call does on the host comes on top.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def predict(plan: Plan, hardware: Hardware) -> Cost | None:
     tile_flops = 2 * tiles.block**2 * 2 * _BASE_HEAD_DIM * wide
     full = tiles.full * tile_flops / (rate * hardware.full_share)
     partial = tiles.partial * tile_flops / (rate * hardware.partial_share)
-    rows = shapes.batch * shapes.heads * -(-shapes.q_len // tiles.block)
-    fixed = rows * hardware.row_us * 1e-6 * wide
-    compute = plan.calls * (full + partial + fixed) / hardware.multiprocessors
+    compute = plan.calls * (full + partial) / hardware.multiprocessors
     moved = plan.calls * _bytes(plan)
     parts = {
         "tiles": compute,

@@ -16,8 +16,8 @@ class Hardware:
     ``matrix_tflops``: dense bf16 or fp16 products with float32 accumulation, 10^12 operations a second, as measured
     or from the vendor's data sheet; ``bandwidth_gbs``: device memory, 10^9 bytes a second. ``full_share`` and
     ``partial_share``: the share of ``matrix_tflops`` that FlexAttention's forward kernel reaches on full and on
-    partial tiles at head_dim 128; ``row_us``: what a row of tiles costs besides its tiles, on one multiprocessor;
-    ``launch_us``: what a call takes besides, on the host. ``source`` says where the numbers come from.
+    partial tiles at head_dim 128; ``launch_us``: what a kernel takes besides its tiles. ``source`` says where the
+    numbers come from.
     """
 
     name: str
@@ -26,15 +26,14 @@ class Hardware:
     multiprocessors: int
     full_share: float
     partial_share: float
-    row_us: float
     launch_us: float
     source: str
 
 
 _DATASHEET = "rates of the vendor's data sheet; shares of the H200, not measured on this device"
-# Fitted to the causal, window and full rows of benchmarks/results/flex_kernels_h200.json, whose times include what a
-# call does on the host: that is most of launch_us.
-_SHARES = {"full_share": 0.405, "partial_share": 0.32, "row_us": 3.2, "launch_us": 1000.0}
+# Fitted to the kernel times of the full and window rows of benchmarks/results/flex_kernels_h200.json: a full tile takes
+# 20.5 ns of the H200, a partial one 55 ns. A partial tile pays for its mask twice over.
+_SHARES = {"full_share": 0.415, "partial_share": 0.155, "launch_us": 10.0}
 
 DEVICES = {
     h.name: h
@@ -44,7 +43,7 @@ DEVICES = {
         Hardware("H200", 989, 4800, 132, **_SHARES, source="rates of the data sheet; shares fitted on one H200"),
         Hardware("B200", 2250, 8000, 148, **_SHARES, source=_DATASHEET),
         Hardware("RTX 4090", 165, 1008, 128, **_SHARES, source=_DATASHEET),
-        Hardware("CPU", 0.1, 20, 2, 0.5, 0.5, 0.0, 50.0, "a guess for two cores; run `flexsparse hardware`"),
+        Hardware("CPU", 0.1, 20, 2, 0.5, 0.5, 50.0, "a guess for two cores; run `flexsparse hardware`"),
     )
 }
 

@@ -123,7 +123,8 @@ _DERIVED = re.compile(r"(birth|death|group|u|tau|least|table|m|c|selected)_\d+(_
 RESERVED = {
     *SYMBOLS,
     *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
-    *("torch", "math", "build", "mask_mod", "score_mod", "gated_score_mod", "value_gate", "gate", "least", "x"),
+    *("torch", "math", "build", "mask_mod", "score_mod", "kept_score_mod", "lost_score_mod", "value_gate"),
+    *("gate_total", "gate", "least", "lost", "some", "x"),
 }
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 

@@ -165,7 +165,7 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
     if chosen == "chunked" and shapes.device.type == "cpu" and settings.backend == "auto":
         notes.append("CPU: FlexAttention cannot train here, so the exact chunked path runs.")
     if gated and chosen.startswith("flex"):
-        notes.append("The gate on V takes two FlexAttention calls: out = flex(s + log m) exp(lse(s + log m) - lse(s)).")
+        notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
     if chosen == "flex" and shapes.needs_grad:
         if learnable_names(program) and settings.deterministic is not False:
             notes.append(

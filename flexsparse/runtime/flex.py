@@ -1,10 +1,14 @@
 """FlexAttention: the block mask from classified tiles, one compiled launcher a pattern, and the gate on V.
 
-A gate on V is applied through two calls: out = flex(s + log m) * exp(lse(s + log m) - lse(s)).
+A gate m on V is applied through two calls, over what the gates keep and over what they lose:
+out = flex(s + log m) * Z(s + log m) / (Z(s + log m) + Z(s + log(1 - m))), with Z the sum that the softmax divides by.
+Where no gate is below 1 the second call sees nothing and changes nothing: unlike flex(s + log m) * Z(s + log m) / Z(s),
+whose two gradients of every key are large and cancel.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,16 +22,16 @@ from flexsparse.settings import Settings
 
 
 class Launchers:
-    """The compiled launchers of one pattern: one for its scores, one with the gate on V, each with its own builds."""
+    """The compiled launchers of one pattern, each with its own builds: for its scores, and for a gate on V."""
 
     def __init__(self, name: str, settings: Settings, compiled: bool) -> None:
         self.plain = Launcher(f"attend_{name}", settings, compiled)
-        self.gated = Launcher(f"attend_gated_{name}", settings, compiled)
+        self.lost = Launcher(f"attend_lost_{name}", settings, compiled)
 
     @property
     def builds(self) -> int:
         """How many kernels were built so far."""
-        return len(self.plain.builds) + len(self.gated.builds)
+        return len(self.plain.builds) + len(self.lost.builds)
 
 
 def attend_flex(
@@ -47,24 +51,30 @@ def attend_flex(
     functions = work.functions(inside, broadcast=False)
     lists = block_lists(work.tiles)
     common = (work.shapes, work.scale, operands)
-    plain = (functions["mask_mod"], functions["score_mod"])
+    mask_mod = functions["mask_mod"]
     carried = any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True))
-    if functions["gated_score_mod"] is None:
-        out, lse = launchers.plain(*common, plain, lists, needs_lse or carried)
+    if functions["kept_score_mod"] is None:
+        out, lse = launchers.plain(*common, (mask_mod, functions["score_mod"]), lists, needs_lse or carried)
     else:
-        _, lse = launchers.plain(*common, plain, lists, True)
-        both = (functions["mask_mod"], functions["gated_score_mod"])
-        gated, gated_lse = launchers.gated(*common, both, lists, True)
-        assert lse is not None
-        assert gated_lse is not None
-        empty = torch.isneginf(lse)
-        # The difference of two -inf is NaN; such rows are 0.
-        share = torch.exp(torch.where(empty, 0.0, gated_lse) - torch.where(empty, 0.0, lse))
-        out = (gated * share.unsqueeze(-1)).to(gated.dtype)
+        kept, kept_lse = launchers.plain(*common, (mask_mod, functions["kept_score_mod"]), lists, True)
+        _, lost_lse = launchers.lost(*common, (mask_mod, functions["lost_score_mod"]), lists, True)
+        out, lse = _joined(kept, kept_lse, lost_lse, functions["gate_total"])
     if carried and torch.is_grad_enabled():
         assert lse is not None
         out, lse = _Recomputed.apply(work, recomputed, out, lse, *operands, *tensors)
     return out, lse
+
+
+def _joined(kept: Tensor, kept_lse: Tensor | None, lost_lse: Tensor | None, total: float) -> tuple[Tensor, Tensor]:
+    """out [B, H, S_q, D_v] and lse [B, H, S_q] from what the gates on V keep, and the rest up to ``total``."""
+    assert kept_lse is not None
+    assert lost_lse is not None
+    empty = torch.isneginf(kept_lse)
+    # The difference of two -inf is NaN; such rows are 0. Where nothing is lost the difference is +inf, the share 1.
+    above = torch.where(empty, 0.0, kept_lse) - torch.where(empty, 0.0, lost_lse)
+    out = (kept * (total * torch.sigmoid(above)).unsqueeze(-1)).to(kept.dtype)
+    lse = kept_lse + torch.nn.functional.softplus(-above) - math.log(total)
+    return out, torch.where(empty, -torch.inf, lse)
 
 
 class _Recomputed(torch.autograd.Function):

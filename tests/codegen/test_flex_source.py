@@ -181,7 +181,7 @@ def test_functions_of_sizes_are_computed_once_in_front() -> None:
 
 
 def test_gates_are_indexed_once_and_written_once() -> None:
-    text = fs.compile(topk(4, gate="kv")).source.partition("def gated_score_mod")[2].partition("def value_gate")[0]
+    text = fs.compile(topk(4, gate="kv")).source.partition("def kept_score_mod")[2].partition("def lost_score_mod")[0]
     assert text.count("= u_0[") == 1
     assert text.count("tau_0[") == 1
     assert "torch.log(gate)" in text
@@ -189,10 +189,12 @@ def test_gates_are_indexed_once_and_written_once() -> None:
 
 def test_generated_functions_are_none_where_nothing_is_to_do() -> None:
     functions = functions_of(P["causal"]())
-    assert functions["score_mod"] is functions["gated_score_mod"] is functions["value_gate"] is None
+    assert functions["score_mod"] is functions["kept_score_mod"] is functions["value_gate"] is None
     gated = functions_of(topk(2, gate="v"), scores=torch.randn(1, 2, 12))
     assert gated["score_mod"] is None
-    assert gated["gated_score_mod"] is not None
+    assert gated["kept_score_mod"] is not None
+    assert gated["gate_total"] == 1.0
+    assert functions_of(topk(2, gate="ste"), scores=torch.randn(1, 2, 12))["gate_total"] == 2.0
 
 
 def test_constant_masks_still_give_a_tensor_for_each_pair() -> None:
