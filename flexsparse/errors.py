@@ -75,6 +75,10 @@ class NonFiniteScoresError(FlexsparseError, ValueError):
     """NaN among the scores of a selection."""
 
 
+class GradientError(FlexsparseError, RuntimeError):
+    """A derivative that an operator does not have."""
+
+
 class SettingError(FlexsparseError, ValueError):
     """An option outside its list or range."""
 

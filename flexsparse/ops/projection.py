@@ -123,7 +123,8 @@ def threshold(grid: Grid, found: Found, budget: Tensor, edge: Tensor) -> Thresho
     room = budget - (found.moment - found.weight * upper)
     weight = found.weight.clamp(min=1)
     floor, ceil = upper + (-room).div(weight, rounding_mode="floor"), upper - room.div(weight, rounding_mode="floor")
-    tau = grid.to_scores(upper.double() - room.double() / weight.double())
+    # From the grid point above, so that any event between two kinks gives the same bits.
+    tau = grid.to_scores(ceil.double() - room.remainder(weight).double() / weight.double())
     everything, nothing = found.weight <= 0, found.position < 0
     tau = tau.masked_fill(everything, -torch.inf).masked_fill(nothing, torch.inf)
     floor = floor.masked_fill(everything, _LOWEST).masked_fill(nothing, -_LOWEST - 1)

@@ -12,7 +12,7 @@ from flexsparse.codegen.flex import selection_arguments
 from flexsparse.errors import CapturedError
 from flexsparse.ir.program import Program, table_name
 from flexsparse.ir.text import text
-from flexsparse.ops.causal import candidate_counts, causal_sparsek, causal_topk
+from flexsparse.ops.selection import causal_select, causal_topk
 from flexsparse.runtime.inputs import Shapes
 
 # Stand-ins for infinities: differences of these are finite or saturate, and never become NaN.
@@ -52,14 +52,14 @@ def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) ->
     if selection.segments is not None:
         segments = captured[selection.segments]
         segments = segments.unsqueeze(1) if segments.dim() == 2 else segments
-    arguments = {"after": selection.after, "segments": segments, "validate": False}
-    chosen = causal_topk(scores, selection.k, **arguments)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"after": selection.after, "segments": segments, "validate": False}
+    gated = f"u_{number}" in selection_arguments(program, number)
+    if not gated:
+        chosen = causal_topk(scores, selection.k, **arguments)
+        return {f"birth_{number}": chosen.birth, f"death_{number}": chosen.death}
+    (tau, count), chosen = causal_select(scores, selection.k, **arguments)
     made: dict[str, Tensor] = {f"birth_{number}": chosen.birth, f"death_{number}": chosen.death}
-    if f"u_{number}" not in selection_arguments(program, number):
-        return made
-    tau = causal_sparsek(scores, selection.k, **arguments)  # type: ignore[arg-type]
     real = tau.dtype
-    count = candidate_counts(scores, selection.after, segments)
     # A selected gate is at least 1 / (n - k + 1). Half of that leaves room for the rounding of u - tau,
     # so that a gate which sits exactly on the bound (k = 1, equal scores) keeps its gradient.
     least = 0.5 / (count - selection.k + 1).clamp(min=1).to(real)

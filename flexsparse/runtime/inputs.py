@@ -13,7 +13,7 @@ from flexsparse.analysis.tiles import Sizes
 from flexsparse.errors import CapturedError, DeviceError, DtypeError, ShapeError, did_you_mean
 from flexsparse.ir.nodes import Kind, Load, Node, TensorSpec, walk
 from flexsparse.ir.program import Program
-from flexsparse.ops.causal import check_sorted
+from flexsparse.ops.selection import check_sorted
 from flexsparse.ops.projection import FLOATS, refuse_nan
 
 

@@ -110,7 +110,7 @@ def test_operators_give_what_the_cpu_gives(regime: str) -> None:
         u = rows.to(dtype)
         on_gpu = u.cuda()
         assert torch.equal(sparsek(on_gpu, 7).cpu(), sparsek(u, 7))
-        assert torch.equal(causal_sparsek(on_gpu, 7, 3).cpu(), causal_sparsek(u, 7, 3))
+        assert torch.equal(causal_sparsek(on_gpu, 7, 3).tau.cpu(), causal_sparsek(u, 7, 3).tau)
         for mine, theirs in zip(causal_topk(on_gpu, 7, 3), causal_topk(u, 7, 3), strict=True):
             assert torch.equal(mine.cpu(), theirs)
 
@@ -121,7 +121,7 @@ def test_gradients_of_thresholds_are_those_of_the_cpu(regime: str) -> None:
     flow = torch.randn_like(u)
     found = []
     for leaf in (u.clone().requires_grad_(), u.cuda().requires_grad_()):
-        tau = causal_sparsek(leaf, 7)
+        tau = causal_sparsek(leaf, 7).tau
         found.append(torch.autograd.grad(tau, leaf, flow.to(leaf.device))[0].cpu())
     # A difference of two cumulative sums of 257 shares, in whatever order the device adds them.
     assert float((found[0] - found[1]).abs().max()) <= 257 * 2.0**-52 * float(flow.abs().sum(1).max())
@@ -155,3 +155,14 @@ def test_lists_too_large_for_every_column_share_a_buffer_and_give_the_same_bits(
         results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_lengths_take_two_builds_one_for_multiples_of_128() -> None:
+    pattern: Any = fs.parse("document & causal")
+    attention = fs.compile(pattern, backend="flex")
+    for length in (300, 257, 1000, 1280, 256, 640, 900, 1024):
+        call = call_of(pattern, torch.bfloat16, length)
+        got = evaluate(attention, call)
+        failed = [f"{c.name}: {c.error:.3g} > {c.allowed:.3g}" for c in judge(pattern, got, call) if not c.holds]
+        assert not failed
+        assert attention.builds == (1 if length in (300, 257, 1000) else 2)

@@ -1,0 +1,172 @@
+"""Lifetimes of the causal top-k, the slot of every key, and the slots as chunks of queries find them, in Triton.
+
+A key that enters a full set takes the slot of the one that leaves it, at the same query. So slots follow links from
+key to key, which are followed by doubling: inside blocks first, then across them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+_NONE = -(2**31)
+
+
+@triton.jit
+def _deaths(
+    p_count, p_rank, p_alive, p_start, p_end, p_birth, p_death, p_leaving, times, k, after, steps,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first query at which each key is no longer among the k best, by binary search over the prefixes."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_key = key < times
+    start, end = tl.zeros_like(key), tl.zeros_like(key) + times
+    if SEGMENTS:
+        start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
+        end = tl.load(p_end + row * times + key, mask=m_key, other=0).to(tl.int32)
+    rank = tl.load(p_rank + row * times + key, mask=m_key, other=0)
+    alive = tl.load(p_alive + row * times + key, mask=m_key, other=0) != 0
+    birth = tl.minimum(key + after, end)
+    # The prefix of t keys serves query t - 1 + after. Fewer than k keys push nobody out.
+    low = tl.maximum(key + 1, tl.minimum(start + k, times))
+    high = tl.maximum(end - after + 1, low)
+    stop = high
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = m_key & (low < high)
+        out = tl.load(p_count + row * times + middle - 1, mask=open_, other=0) <= rank
+        high = tl.where(open_ & out, middle, high)
+        low = tl.where(open_ & ~out, middle + 1, low)
+    death = tl.where(low < stop, tl.minimum(low - 1 + after, end), end)
+    death = tl.maximum(tl.where(alive, death, birth), birth)
+    tl.store(p_birth + row * times + key, birth, mask=m_key)
+    tl.store(p_death + row * times + key, death, mask=m_key)
+    # One key at most leaves at a query inside its segment.
+    tl.store(p_leaving + row * times + death, key, mask=m_key & (death > birth) & (death < end))
+
+
+@triton.jit
+def _links(
+    p_counts, p_start, p_birth, p_death, p_leaving, p_link, times, k, none,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The key whose slot each key takes, or -1 less its slot where it takes a fresh one."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_key = key < times
+    counts = tl.load(p_counts + row * times + key, mask=m_key, other=0)
+    if SEGMENTS:
+        start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
+        counts -= tl.load(p_counts + row * times + start - 1, mask=m_key & (start > 0), other=0)
+    before = ((counts >> 32) + (counts & 4294967295)).to(tl.int32) - 1
+    birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
+    death = tl.load(p_death + row * times + key, mask=m_key, other=0)
+    held = m_key & (death > birth)
+    leaver = tl.load(p_leaving + row * times + birth, mask=held & (before >= k), other=0)
+    link = tl.where(before < k, -1 - before, leaver)
+    tl.store(p_link + row * times + key, tl.where(held, link, none), mask=m_key)
+
+
+@triton.jit
+def _follow_inside(p_link, times, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Links of one block that stay inside it, doubled until they leave it or end."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = block * BLOCK
+    key = first + tl.arange(0, BLOCK)
+    m_key = key < times
+    link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
+    for _ in range(ROUNDS):
+        inside = m_key & (link >= first)
+        link = tl.where(inside, tl.load(p_link + row * times + link, mask=inside, other=0), link)
+        # Everyone has read before anyone writes, and the other way round.
+        tl.debug_barrier()
+        tl.store(p_link + row * times + key, link, mask=m_key)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _follow(p_link, p_next, times, BLOCK: tl.constexpr):
+    """Every link doubled once."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_key = key < times
+    link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
+    link = tl.where(link >= 0, tl.load(p_link + row * times + link, mask=m_key & (link >= 0), other=0), link)
+    tl.store(p_next + row * times + key, link, mask=m_key)
+
+
+def lifetimes(
+    count: Tensor,
+    rank: Tensor,
+    alive: Tensor,
+    counts: Tensor,
+    k: int,
+    after: int,
+    segments: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """birth, death and slot of every key, [R, S] int32 each; the slot is -1 for a key that is never selected.
+
+    ``count`` [R, S] int32: the crossing, in the order of rank, of k - 1 keys for every prefix; ``rank`` [R, S] int32
+    by key; ``alive`` [R, S] int8, 0 for keys that are never selected; ``counts`` as in ``Quantized``.
+    """
+    rows, times = rank.shape
+    birth, death, link, following = (torch.empty_like(rank) for _ in range(4))
+    # Position S takes nobody: a key that lives to the end of the row does not leave.
+    leaving = torch.zeros(rows, times, dtype=torch.int32, device=rank.device)
+    start, end = segments if segments is not None else (rank, rank)
+    size = (rows, triton.cdiv(times, _BLOCK))
+    flags = {"SEGMENTS": segments is not None, "BLOCK": _BLOCK}
+    steps = times.bit_length()
+    _deaths[size](count, rank, alive, start, end, birth, death, leaving, times, k, after, steps, **flags)
+    _links[size](counts, start, birth, death, leaving, link, times, k, _NONE, **flags)
+    _follow_inside[size](link, times, ROUNDS=_BLOCK.bit_length() - 1, BLOCK=_BLOCK)
+    # A chain enters every block once at most.
+    for _ in range((size[1] - 1).bit_length()):
+        _follow[size](link, following, times, BLOCK=_BLOCK)
+        link, following = following, link
+    slot = torch.where(link == _NONE, -1, -1 - link)
+    return birth, death, slot
+
+
+@triton.jit
+def _place(p_birth, p_death, p_slot, p_table, times, chunk, n_chunks, k, BLOCK: tl.constexpr):
+    """Each key at the first chunk that finds it in its slot."""
+    row = tl.program_id(0).to(tl.int64)
+    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_key = key < times
+    birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
+    death = tl.load(p_death + row * times + key, mask=m_key, other=0)
+    slot = tl.load(p_slot + row * times + key, mask=m_key, other=-1)
+    part = (birth + chunk - 1) // chunk
+    found = m_key & (slot >= 0) & (part < n_chunks) & (death > part * chunk)
+    tl.store(p_table + (row * n_chunks + part) * k + slot, key, mask=found)
+
+
+@triton.jit
+def _fill(p_death, p_table, times, chunk, n_chunks, k, BLOCK: tl.constexpr):
+    """From chunk to chunk a slot keeps its key, until another takes it or the key dies."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_slot = slot < k
+    latest = tl.full([BLOCK], -1, tl.int32)
+    for part in range(n_chunks):
+        entry = p_table + (row * n_chunks + part) * k + slot
+        latest = tl.maximum(latest, tl.load(entry, mask=m_slot, other=-1))
+        death = tl.load(p_death + row * times + latest, mask=m_slot & (latest >= 0), other=0)
+        tl.store(entry, tl.where(death > part * chunk, latest, -1), mask=m_slot)
+
+
+def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
+    """The key in each slot as query ``c * chunk`` finds it, -1 for none: [R, ceil(S / chunk), k] int32."""
+    rows, times = birth.shape
+    n_chunks = triton.cdiv(times, chunk)
+    table = torch.full((rows, n_chunks, k), -1, dtype=torch.int32, device=birth.device)
+    _place[(rows, triton.cdiv(times, _BLOCK))](
+        birth, death, slot, table, times, chunk, n_chunks, k, BLOCK=_BLOCK
+    )  # fmt: skip
+    _fill[(rows, triton.cdiv(k, 64))](death, table, times, chunk, n_chunks, k, BLOCK=64, num_warps=2)
+    return table

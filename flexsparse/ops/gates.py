@@ -1,0 +1,52 @@
+"""The soft gates of causal selections, for chosen pairs of query and key or for all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import DtypeError, ShapeError
+
+
+def gates(u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+    """``clip(u[key_index] - tau[query_index], 0, 1)``, with gradients to u and tau; in tau's dtype.
+
+    u and tau [..., S]; the indices [..., N], integers, whose leading dimensions broadcast with theirs; a negative key
+    index (an empty slot) has gate 0. A key of -inf has gate 0 and one of +inf gate 1 under any finite or lower tau.
+    The gate says nothing of whether the key is a candidate of the query. Raises ShapeError and DtypeError.
+    """
+    for name, index in (("query_index", query_index), ("key_index", key_index)):
+        if index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
+            raise DtypeError(name, got=str(index.dtype), expected="integers")
+    if u.shape != tau.shape:
+        raise ShapeError("tau", got=f"shape {tuple(tau.shape)}", expected=f"u's shape, {tuple(u.shape)}")
+    try:
+        query_index, key_index = torch.broadcast_tensors(query_index, key_index)
+        lead = torch.broadcast_shapes(u.shape[:-1], key_index.shape[:-1])
+    except RuntimeError:
+        raise ShapeError(
+            "key_index",
+            got=f"shape {tuple(key_index.shape)} beside query_index {tuple(query_index.shape)}",
+            expected=f"shapes [..., N] that broadcast together and with u's {tuple(u.shape)}",
+        ) from None
+    count = key_index.shape[-1]
+    scores = u.to(tau.dtype).expand(*lead, u.shape[-1])
+    keys = key_index.long().expand(*lead, count)
+    at = scores.gather(-1, keys.clamp(min=0))
+    threshold = tau.expand(*lead, tau.shape[-1]).gather(-1, query_index.long().expand(*lead, count))
+    return torch.where(keys < 0, 0.0, _clip(at, threshold))
+
+
+def dense_gates(u: Tensor, tau: Tensor) -> Tensor:
+    """The gates of every query (rows) and key (columns): [..., S, S] from u and tau [..., S]. For small S."""
+    if u.shape != tau.shape:
+        raise ShapeError("tau", got=f"shape {tuple(tau.shape)}", expected=f"u's shape, {tuple(u.shape)}")
+    return _clip(u.to(tau.dtype).unsqueeze(-2), tau.unsqueeze(-1))
+
+
+def _clip(u: Tensor, tau: Tensor) -> Tensor:
+    """Infinities decide by themselves: their difference would be NaN, and their gradient as well."""
+    certain = torch.isinf(u) | torch.isinf(tau)
+    fixed = torch.where(certain, (u > tau) | (u == torch.inf), False).to(tau.dtype)
+    apart = torch.where(certain, 0.0, u) - torch.where(certain, 0.0, tau)
+    return torch.where(certain, fixed, apart.clamp(0, 1))

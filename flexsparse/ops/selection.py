@@ -1,0 +1,238 @@
+"""The causal selection operators that users call: checks, custom operators for torch.compile, and gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import DtypeError, GradientError, PatternArgumentError, SegmentError, ShapeError
+from flexsparse.ops import causal
+from flexsparse.ops.causal import Lifetimes
+from flexsparse.ops.projection import check_scores, result_dtype
+
+
+class CausalThresholds(NamedTuple):
+    """By query: ``tau`` [..., S], and ``candidates`` [..., S] int32, how many keys above -inf it chooses from."""
+
+    tau: Tensor
+    candidates: Tensor
+
+
+class CausalSelection(NamedTuple):
+    """Key j is selected for the queries ``birth[j] <= i < death[j]`` and stands in ``slot[j]`` for all of them.
+
+    [..., S] int32 each. At most k keys are selected at a time, in the slots 0 to k - 1; the slot is -1 for a key that
+    is never selected.
+    """
+
+    birth: Tensor
+    death: Tensor
+    slot: Tensor
+
+
+def causal_sparsek(
+    u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True
+) -> CausalThresholds:
+    """The SPARSEK threshold of every causal prefix, differentiable in u.
+
+    u [..., S] float16, bfloat16, float32 or float64, by position. Query i's candidates are the keys j <= i - after,
+    of i's segment where ``segments`` ([S], or broadcastable to u, non-decreasing integers) is given. tau is float32
+    (float64 for float64); -inf where at most k candidates are above -inf, +inf where more than k are +inf.
+    Computed on a grid of exact integers: two runs, and CPU and GPU, give the same bits. O(S log S) time and O(S)
+    memory for any input. Works under ``torch.compile(fullgraph=True)``, CUDA graphs (``validate=False``) and
+    ``torch.func.vmap``; autocast does not change it.
+    Raises DtypeError, ShapeError, PatternArgumentError, SegmentError, NonFiniteScoresError for NaN unless
+    ``validate=False`` (then tau is NaN from that position of that row on), and GradientError for a second derivative.
+    """
+    flat, rows = _prepare(u, k, after, segments, validate)
+    tau, _, _, candidates, *_ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, False)
+    return CausalThresholds(tau.reshape(u.shape), candidates.reshape(u.shape))
+
+
+@torch.no_grad()
+def causal_topk(
+    u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True
+) -> CausalSelection:
+    """The hard top-k of every causal prefix, as one interval of queries and one slot for each key.
+
+    Arguments and errors as in ``causal_sparsek``. On ties the earlier key stays; keys of -inf are never selected
+    (death = birth). Not differentiable: gradients flow through the gates.
+    """
+    flat, rows = _prepare(u, k, after, segments, validate)
+    *_, birth, death, slot = torch.ops.flexsparse.causal_selection(flat, k, after, rows, False, True)
+    return CausalSelection(*(x.reshape(u.shape) for x in (birth, death, slot)))
+
+
+def causal_select(
+    u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True
+) -> tuple[CausalThresholds, CausalSelection]:
+    """``causal_sparsek`` and ``causal_topk`` of the same scores, which sorts them once."""
+    flat, rows = _prepare(u, k, after, segments, validate)
+    found = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, True)
+    tau, _, _, candidates, birth, death, slot = (x.reshape(u.shape) for x in found)
+    return CausalThresholds(tau, candidates), CausalSelection(birth, death, slot)
+
+
+def slot_table(selection: CausalSelection, k: int, chunk: int) -> Tensor:
+    """The key in each slot as the query ``c * chunk`` finds it: [..., ceil(S / chunk), min(k, S)] int32, -1 for none.
+
+    ``selection`` is what ``causal_topk`` gave for this k; ``chunk`` is at least 1. Raises PatternArgumentError.
+    """
+    for name, number in (("k", k), ("chunk", chunk)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise PatternArgumentError(name, got=repr(number), expected="an integer of at least 1")
+    shape = selection.birth.shape
+    rows = [x.reshape(-1, shape[-1]) for x in selection]
+    table = torch.ops.flexsparse.slot_table(*rows, min(k, shape[-1]), chunk)
+    return table.reshape(*shape[:-1], *table.shape[1:])
+
+
+def _prepare(u: Tensor, k: int, after: int, segments: Tensor | None, validate: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows [R, S] of scores and of segment ids, after the checks."""
+    check_scores("u", u, k, validate)
+    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+        raise PatternArgumentError("after", got=repr(after), expected="an integer of at least 0")
+    size = u.shape[-1]
+    if size == 0:
+        raise ShapeError("u", got="no positions", expected="at least one score in the last dimension")
+    rows = None if segments is None else _segment_rows(segments, u, validate)
+    return u.reshape(-1, size), rows
+
+
+def _segment_rows(segments: Tensor, u: Tensor, validate: bool) -> Tensor:
+    if segments.is_floating_point() or segments.is_complex():
+        raise DtypeError("segments", got=str(segments.dtype), expected="integers")
+    try:
+        rows = segments.expand(u.shape).reshape(-1, u.shape[-1])
+    except RuntimeError:
+        raise ShapeError(
+            "segments", got=str(tuple(segments.shape)), expected=f"[S] or a shape that broadcasts to {tuple(u.shape)}"
+        ) from None
+    if validate and not torch.compiler.is_compiling():
+        check_sorted("segments", segments)
+    return rows
+
+
+def check_sorted(name: str, segments: Tensor) -> None:
+    """Raise SegmentError with the first position at which the ids fall; one synchronisation on a GPU."""
+    falls = segments[..., 1:] < segments[..., :-1]
+    if bool(falls.any()):
+        position = [int(i) for i in falls.nonzero()[0]]
+        position[-1] += 1
+        raise SegmentError(
+            name,
+            got=f"ids that fall at position {position if len(position) > 1 else position[0]}",
+            expected="non-decreasing ids along the sequence",
+            mend="Number the documents in the order in which they are packed.",
+        )
+
+
+@torch.library.custom_op("flexsparse::causal_selection", mutates_args=())
+def _selection(
+    u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """tau, floor, ceil, candidates, birth, death, slot of rows [R, S]; what is not wanted is empty."""
+    if u.is_cuda:
+        from flexsparse.ops import kernels
+
+        found, lived = kernels.select(u.contiguous(), k, after, segments, thresholds=thresholds, lifetimes=lifetimes)
+    else:
+        ranges = causal.ranges_of(u, after, segments)
+        found = causal.thresholds(u, k, ranges) if thresholds else None
+        lived = causal.lifetimes(u, k, ranges) if lifetimes else None
+    none = _selection_shapes(u, k, after, segments, False, False)
+    first, second = found or none[:4], lived or none[4:]
+    return (*first, *second)  # type: ignore[return-value]
+
+
+@_selection.register_fake
+def _selection_shapes(
+    u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool
+) -> tuple[Tensor, ...]:
+    some, none = tuple(u.shape), (0,)
+    long, short = torch.int64, torch.int32
+    first = [u.new_empty(some if thresholds else none, dtype=d) for d in (result_dtype(u), long, long, short)]
+    second = [u.new_empty(some if lifetimes else none, dtype=short) for _ in range(3)]
+    return (*first, *second)
+
+
+@torch.library.custom_op("flexsparse::causal_selection_backward", mutates_args=())
+def _selection_backward(
+    grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None
+) -> Tensor:
+    if u.is_cuda:
+        from flexsparse.ops import kernels
+
+        return kernels.threshold_gradient(grad, u.contiguous(), floor, ceil, after, segments)
+    return causal.threshold_gradient(grad, u, floor, ceil, causal.ranges_of(u, after, segments))
+
+
+@_selection_backward.register_fake
+def _selection_backward_shapes(
+    grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, _, after, segments, thresholds, _ = inputs
+    ctx.after, ctx.thresholds = after, thresholds
+    ctx.save_for_backward(u, output[1], output[2], segments)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    u, floor, ceil, segments = ctx.saved_tensors
+    found = None
+    if grad is not None and ctx.thresholds:
+        found = torch.ops.flexsparse.causal_selection_backward(grad, u, floor, ceil, ctx.after, segments)
+    return found, None, None, None, None, None
+
+
+def _refuse_second(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise GradientError(
+        "causal_sparsek",
+        got="a second derivative of tau in u",
+        expected="first derivatives only",
+        mend="The gradient is constant between the kinks of tau: detach it, or use create_graph=False.",
+    )
+
+
+_selection.register_autograd(_backward, setup_context=_save)
+_selection_backward.register_autograd(_refuse_second)
+
+
+@torch.library.custom_op("flexsparse::slot_table", mutates_args=())
+def _slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
+    found = Lifetimes(birth, death, slot)
+    if birth.is_cuda:
+        from flexsparse.ops import kernels
+
+        return kernels.slot_table(found, k, chunk)
+    return causal.slot_table(found, k, chunk)
+
+
+@_slot_table.register_fake
+def _slot_table_shapes(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
+    return birth.new_empty(birth.shape[0], -(-birth.shape[1] // chunk), k)
+
+
+def _mapped_selection(
+    info: Any, in_dims: tuple[Any, ...], u: Tensor, k: int, after: int, segments: Tensor | None, *wanted: bool
+) -> tuple[Any, Any]:
+    """A mapped dimension is a batch dimension like any other: it joins the rows."""
+    batch = info.batch_size
+    u = u.movedim(in_dims[0], 0) if in_dims[0] is not None else u.expand(batch, *u.shape)
+    if segments is not None:
+        segments = (
+            segments.movedim(in_dims[3], 0) if in_dims[3] is not None else segments.expand(batch, *segments.shape)
+        )
+        segments = segments.flatten(0, 1)
+    found = torch.ops.flexsparse.causal_selection(u.flatten(0, 1), k, after, segments, *wanted)
+    made = tuple(x.unflatten(0, u.shape[:2]) if x.dim() == 2 else x for x in found)
+    return made, tuple(0 if x.dim() == 3 else None for x in made)
+
+
+torch.library.register_vmap(_selection, _mapped_selection)
