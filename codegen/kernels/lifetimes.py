@@ -6,6 +6,8 @@ key to key, which are followed by doubling: inside blocks first, then across the
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -147,13 +149,28 @@ def _place(p_birth, p_death, p_slot, p_table, times, chunk, n_chunks, k, BLOCK: 
 
 
 @triton.jit
-def _fill(p_death, p_table, times, chunk, n_chunks, k, BLOCK: tl.constexpr):
+def _newest(p_table, p_newest, n_chunks, n_groups, k, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The newest key that each slot got in one group of chunks."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    part = group * GROUP + tl.arange(0, GROUP)
+    m_entry = (part < n_chunks)[:, None] & (slot < k)[None, :]  # [GROUP, BLOCK]
+    entry = (row * n_chunks + part)[:, None] * k + slot[None, :]
+    newest = tl.max(tl.load(p_table + entry, mask=m_entry, other=-1), 0)
+    tl.store(p_newest + (row * n_groups + group) * k + slot, newest, mask=slot < k)
+
+
+@triton.jit
+def _fill(p_death, p_table, p_newest, times, chunk, n_chunks, n_groups, k, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """From chunk to chunk a slot keeps its key, until another takes it or the key dies."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     m_slot = slot < k
     latest = tl.full([BLOCK], -1, tl.int32)
-    for part in range(n_chunks):
+    for other in range(group):
+        newest = tl.load(p_newest + (row * n_groups + other) * k + slot, mask=m_slot, other=-1)
+        latest = tl.maximum(latest, newest)
+    for part in range(group * GROUP, tl.minimum((group + 1) * GROUP, n_chunks)):
         entry = p_table + (row * n_chunks + part) * k + slot
         latest = tl.maximum(latest, tl.load(entry, mask=m_slot, other=-1))
         death = tl.load(p_death + row * times + latest, mask=m_slot & (latest >= 0), other=0)
@@ -164,9 +181,16 @@ def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -
     """The key in each slot as query ``c * chunk`` finds it, -1 for none: [R, ceil(S / chunk), k] int32."""
     rows, times = birth.shape
     n_chunks = triton.cdiv(times, chunk)
+    # Keys come in order, so the newest in a slot is the largest number that was placed in it.
     table = torch.full((rows, n_chunks, k), -1, dtype=torch.int32, device=birth.device)
     _place[(rows, triton.cdiv(times, _BLOCK))](
         birth, death, slot, table, times, chunk, n_chunks, k, BLOCK=_BLOCK
     )  # fmt: skip
-    _fill[(rows, triton.cdiv(k, 64))](death, table, times, chunk, n_chunks, k, BLOCK=64, num_warps=2)
+    group = max(16, triton.next_power_of_2(math.isqrt(n_chunks)))
+    n_groups = triton.cdiv(n_chunks, group)
+    newest = torch.empty(rows, n_groups, k, dtype=torch.int32, device=birth.device)
+    size = (rows, n_groups, triton.cdiv(k, 64))
+    flags = {"GROUP": group, "BLOCK": 64, "num_warps": 2}
+    _newest[size](table, newest, n_chunks, n_groups, k, **flags)
+    _fill[size](death, table, newest, times, chunk, n_chunks, n_groups, k, **flags)
     return table

@@ -5,18 +5,18 @@ wanted is the number of leading positions x at which
 
     g(x) = sum over the events before x with time < t of w * (value - value at x)
 
-is within a budget. As t grows the answer never rises: prefixes against positions it is a staircase. So once the
-answers for some prefixes are known, those in between lie between them, and the stretches of list that two neighbours
-enclose do not overlap. Each level looks once at every event, for a few prefixes each:
+is within a budget. As t grows the answer never rises: prefixes against positions it is a staircase. One walker with a
+pointer to a time and one to a position would follow it in S + N steps, taking keys in and events out of two running
+sums. To have many walkers, the staircase is cut wherever it crosses a coarse grid of times and positions:
 
-1. ``_table``: the sums of every bucket of positions for about 64 prefixes;
-2. ``_boundaries``: their answers, from a scan over the buckets and one inside the bucket;
-3. ``_refine``, level by level: 16 prefixes between two known ones, at last all of them.
+1. ``_table``: the sums of every bucket of positions, for some 32 to 256 prefixes;
+2. ``_rows``: where the staircase crosses each of these prefixes, ``_columns``: where it crosses each bucket's edge;
+3. ``_walk``: from each crossing to the next, at most one chunk of times and one bucket of positions away.
 
-That is O(S log S) work at most for any input, with O(S) memory. One chunk's stretch can be the whole list, where a
-program walks it alone: a long step, not more work. All sums are of int64, hence exact, and no atomics are used.
-Packed segments need nothing more than an order in which later segments stand first: a prefix that ends in a segment
-has no event of a later one, and its limit is the end of its own segment's stretch.
+That is O(256 S) work for the table and O(S) for the rest, for any input, with O(S) memory. All sums are of int64,
+hence exact, and no atomics are used. Packed segments need nothing more than an order in which later segments stand
+first: a prefix that ends in a segment has no event of a later one, and its limit is the end of its own segment's
+stretch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BOUNDARIES = 64
-_BRANCHES = 16
-_LEAF = 64
+_PREFIXES = 256
+_LANES = 32
 
 
 class Events(NamedTuple):
@@ -50,7 +49,7 @@ class Events(NamedTuple):
 class Crossings(NamedTuple):
     """For the prefix of t times, at [r, t - 1]: the number of positions, and the sums over the events before."""
 
-    count: Tensor  # [R, S] int32
+    reach: Tensor  # [R, S] int32
     weight: Tensor  # [R, S] int32
     moment: Tensor  # [R, S] int64
 
@@ -94,43 +93,58 @@ def _limits(p_counts, p_start, p_end, p_unit, row, t, m_t, times, budget, COUNT:
 
 @triton.jit
 def _table(
-    p_code, p_edge, p_weight, p_moment, times, events, chunk, n_bounds, n_buckets,
-    COUNT: tl.constexpr, BUCKET: tl.constexpr, BOUNDS: tl.constexpr,
+    p_code, p_edge, p_weight, p_moment, times, events, chunk, n_rows, n_buckets,
+    COUNT: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one bucket of events, for each boundary over the events of earlier time."""
+    """Sums of one bucket of events, for each prefix over the events of earlier time.
+
+    A product of matrices: which events are earlier, times the moments' bytes, whose sums float32 holds exactly.
+    """
     row, bucket = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_event = bucket * BUCKET + tl.arange(0, BUCKET)
-    time, weight, moment, _ = _load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
-    for first in range(0, n_bounds, BOUNDS):
-        bound = first + tl.arange(0, BOUNDS)
-        earlier = time[None, :] < ((bound + 1) * chunk)[:, None]  # [BOUNDS, BUCKET]
-        sum_weight = tl.sum(tl.where(earlier, weight[None, :], 0), 1)
-        sum_moment = tl.sum(tl.where(earlier, moment[None, :], 0), 1)
-        target = (row * n_bounds + bound) * n_buckets + bucket
-        tl.store(p_weight + target, sum_weight, mask=bound < n_bounds)
-        tl.store(p_moment + target, sum_moment, mask=bound < n_bounds)
+    part = tl.arange(0, 16)
+    shift = 8 * tl.minimum(part, 7)
+    for first_row in range(0, n_rows, ROWS):
+        prefix = first_row + tl.arange(0, ROWS)
+        sums = tl.zeros([ROWS, 16], tl.int64)
+        for first in range(bucket * BUCKET, (bucket + 1) * BUCKET, BLOCK):
+            o_event = first + tl.arange(0, BLOCK)
+            time, weight, moment, edge = _load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
+            # Eight bytes of the value, moved up so that it is positive, then the weight itself.
+            sign = moment.to(tl.int32) if COUNT else weight
+            byte = ((edge + 1152921504606846976)[:, None] >> shift[None, :]).to(tl.int32) & 255
+            byte = tl.where(part[None, :] < 8, byte, (part == 8).to(tl.int32)[None, :]) * sign[:, None]  # [BLOCK, 16]
+            earlier = time[None, :] < ((prefix + 1) * chunk)[:, None]  # [ROWS, BLOCK]
+            sums += tl.dot(earlier.to(tl.float16), byte.to(tl.float16)).to(tl.int64)
+        count = tl.sum(tl.where(part[None, :] == 8, sums, 0), 1)
+        target = (row * n_rows + prefix) * n_buckets + bucket
+        if COUNT:
+            tl.store(p_weight + target, tl.zeros_like(count).to(tl.int32), mask=prefix < n_rows)
+            tl.store(p_moment + target, count, mask=prefix < n_rows)
+        else:
+            total = tl.sum(tl.where(part[None, :] < 8, sums << shift[None, :].to(tl.int64), 0), 1)
+            tl.store(p_weight + target, count.to(tl.int32), mask=prefix < n_rows)
+            tl.store(p_moment + target, total - (count << 60), mask=prefix < n_rows)
 
 
 @triton.jit
-def _boundaries(
-    p_code, p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment,
-    p_count, p_sum_weight, p_sum_moment, times, events, chunk, n_bounds, n_buckets, budget,
+def _rows(
+    p_code, p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_t, p_x, p_w, p_m, p_key,
+    times, events, chunk, n_rows, n_buckets, n_corners, budget,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, BUCKET: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    """The crossing of one boundary: its bucket first, then its position in the bucket."""
-    row, bound = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t = tl.minimum((bound + 1) * chunk, times)
+    """The crossing of one prefix: its bucket first, then its position in the bucket."""
+    row, prefix = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    t = tl.minimum((prefix + 1) * chunk, times)
     low, high, room = _limits(
         p_counts, p_start, p_end, p_unit, row, t + tl.arange(0, 1), tl.full([1], 1, tl.int1), times, budget,
         COUNT, SEGMENTS,
     )  # fmt: skip
     o_bucket = tl.arange(0, BUCKETS)
     m_bucket = o_bucket < n_buckets
-    entry = (row * n_bounds + bound) * n_buckets + o_bucket
-    weight = tl.load(p_weight + entry, mask=m_bucket, other=0)
-    moment = tl.load(p_moment + entry, mask=m_bucket, other=0)
-    weight = tl.cumsum(weight, 0) - weight
-    moment = tl.cumsum(moment, 0) - moment
+    # The table holds sums up to each bucket's end.
+    entry = (row * n_rows + prefix) * n_buckets + o_bucket - 1
+    weight = tl.load(p_weight + entry, mask=m_bucket & (o_bucket > 0), other=0)
+    moment = tl.load(p_moment + entry, mask=m_bucket & (o_bucket > 0), other=0)
     first = o_bucket * BUCKET
     reached = moment
     if not COUNT:
@@ -148,78 +162,149 @@ def _boundaries(
     before_moment = base_moment + tl.cumsum(m, 0) - m
     reached = before_moment - before_weight.to(tl.int64) * edge
     within = (o_event < events) & ((o_event < low) | ((o_event < high) & (reached <= room)))
-    target = row * n_bounds + bound
-    tl.store(p_count + target, here * BUCKET + tl.sum(within.to(tl.int32), 0))
-    tl.store(p_sum_weight + target, base_weight + tl.sum(tl.where(within, w, 0), 0))
-    tl.store(p_sum_moment + target, base_moment + tl.sum(tl.where(within, m, 0), 0))
+    x = here * BUCKET + tl.sum(within.to(tl.int32), 0)
+    target = row * n_corners + prefix
+    tl.store(p_t + target, t)
+    tl.store(p_x + target, x)
+    tl.store(p_w + target, base_weight + tl.sum(tl.where(within, w, 0), 0))
+    tl.store(p_m + target, base_moment + tl.sum(tl.where(within, m, 0), 0))
+    # In the order of time; of corners at one time the lowest position comes last.
+    tl.store(p_key + target, (t.to(tl.int64) << 32) - x)
 
 
 @triton.jit
-def _refine(
-    p_code, p_edge, p_value, p_plus, p_minus, p_counts, p_start, p_end, p_unit, p_known, p_known_weight, p_known_moment,
-    p_count, p_sum_weight, p_sum_moment, times, events, chunk, step, n_chunks, n_steps, budget,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, BRANCHES: tl.constexpr, BLOCK: tl.constexpr,
+def _own(
+    p_value, p_plus, p_minus, p_unit, row, key, m_key, x, times, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The crossings of BRANCHES prefixes that end inside one chunk of time, from those of its two ends."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    known = row * n_chunks + part
-    low = tl.load(p_known + known)
-    high = tl.load(p_known + known - 1, mask=part > 0, other=events)
-    index = part * BRANCHES + tl.arange(0, BRANCHES)
-    m_t = index < n_steps
-    t = tl.minimum((index + 1) * step, times)
-    segment_low, segment_high, room = _limits(
-        p_counts, p_start, p_end, p_unit, row, t, m_t, times, budget, COUNT, SEGMENTS
+    """Weight and moment that the events of keys before position x bring in."""
+    plus = tl.load(p_plus + row * times + key, mask=m_key, other=2147483647) < x
+    if COUNT:
+        weight = tl.zeros_like(key)
+        moment = plus.to(tl.int64)
+    else:
+        minus = tl.load(p_minus + row * times + key, mask=m_key, other=2147483647) < x
+        value = tl.load(p_value + row * times + key, mask=plus, other=0)
+        weight = plus.to(tl.int32) - minus.to(tl.int32)
+        moment = tl.where(minus, tl.load(p_unit + row), value)
+    return weight, moment
+
+
+@triton.jit
+def _columns(
+    p_edge, p_value, p_plus, p_minus, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_t, p_x, p_w, p_m, p_key,
+    times, events, chunk, n_rows, n_buckets, n_corners, budget,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, BUCKET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first prefix that does not reach one bucket's first position; the first bucket has none: it starts all."""
+    row, bucket = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = tl.where(bucket == 0, events, bucket * BUCKET)
+    edge = tl.zeros([], tl.int64)
+    if not COUNT:
+        edge = tl.load(p_edge + row * events + tl.minimum(x, events - 1))
+    prefix = tl.arange(0, ROWS)
+    m_prefix = prefix < n_rows
+    t = tl.minimum((prefix + 1) * chunk, times)
+    low, high, room = _limits(
+        p_counts, p_start, p_end, p_unit, row, t, m_prefix, times, budget, COUNT, SEGMENTS
     )  # fmt: skip
-    # At the chunk's end all events before `low` are summed; those of the chunk that come after t are taken away.
-    sum_weight = tl.zeros([BRANCHES], tl.int32) + tl.load(p_known_weight + known)
-    sum_moment = tl.zeros([BRANCHES], tl.int64) + tl.load(p_known_moment + known)
-    last = tl.minimum((part + 1) * chunk, times)
-    for first in range(part * chunk, last, BLOCK):
-        time = first + tl.arange(0, BLOCK)
-        m_time = time < last
-        plus = tl.load(p_plus + row * times + time, mask=m_time, other=events)
-        is_plus = plus < low
-        if COUNT:
-            weight = tl.zeros([BLOCK], tl.int32)
-            moment = is_plus.to(tl.int64)
-        else:
-            is_minus = tl.load(p_minus + row * times + time, mask=m_time, other=events) < low
-            value = tl.load(p_value + row * times + time, mask=is_plus, other=0)
-            weight = is_plus.to(tl.int32) - is_minus.to(tl.int32)
-            moment = tl.where(is_minus, tl.load(p_unit + row), value)
-        later = time[None, :] >= t[:, None]  # [BRANCHES, BLOCK]
-        sum_weight -= tl.sum(tl.where(later, weight[None, :], 0), 1)
-        sum_moment -= tl.sum(tl.where(later, moment[None, :], 0), 1)
-    count = tl.zeros([BRANCHES], tl.int32) + low
-    going = tl.full([BRANCHES], 1, tl.int1)
-    for first in range(low, high, BLOCK):
-        o_event = first + tl.arange(0, BLOCK)
-        m_event = o_event < high
-        time, w, m, edge = _load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
-        earlier = time[None, :] < t[:, None]
-        m = tl.where(earlier, m[None, :], 0)
-        reached = sum_moment[:, None] + tl.cumsum(m, 1) - m
-        if not COUNT:
-            w = tl.where(earlier, w[None, :], 0)
-            reached -= (sum_weight[:, None] + tl.cumsum(w, 1) - w).to(tl.int64) * edge[None, :]
-        own = (o_event[None, :] < segment_high[:, None]) & (reached <= room[:, None])
-        within = m_event[None, :] & ((o_event[None, :] < segment_low[:, None]) | own) & going[:, None]
-        found = tl.sum(within.to(tl.int32), 1)
-        count += found
-        sum_moment += tl.sum(tl.where(within, m, 0), 1)
-        if not COUNT:
-            sum_weight += tl.sum(tl.where(within, w, 0), 1)
-        going = going & (found == BLOCK)
-    target = row * n_steps + index
-    tl.store(p_count + target, count, mask=m_t)
-    tl.store(p_sum_weight + target, sum_weight, mask=m_t)
-    tl.store(p_sum_moment + target, sum_moment, mask=m_t)
+    # Nothing of this is used for the first bucket, whose column is the whole list.
+    entry = (row * n_rows + prefix) * n_buckets + tl.maximum(bucket - 1, 0)
+    weight = tl.load(p_weight + entry, mask=m_prefix, other=0)
+    moment = tl.load(p_moment + entry, mask=m_prefix, other=0)
+    reached = moment - weight.to(tl.int64) * edge
+    within = m_prefix & (x < events) & ((x < low) | ((x < high) & (reached <= room)))
+    done = tl.sum(within.to(tl.int32), 0)
+    base_weight = tl.sum(tl.where(prefix == done - 1, weight, 0), 0)
+    base_moment = tl.sum(tl.where(prefix == done - 1, moment, 0), 0)
+    found = tl.minimum(done * chunk, times)
+    going = done < n_rows
+    last = tl.minimum((done + 1) * chunk, times)
+    first = done * chunk
+    while going:
+        key = first + tl.arange(0, BLOCK)
+        m_key = key < last
+        w, m = _own(p_value, p_plus, p_minus, p_unit, row, key, m_key, x, times, COUNT)
+        sum_weight = base_weight + tl.cumsum(w, 0)
+        sum_moment = base_moment + tl.cumsum(m, 0)
+        key_low, key_high, key_room = _limits(
+            p_counts, p_start, p_end, p_unit, row, key + 1, m_key, times, budget, COUNT, SEGMENTS
+        )  # fmt: skip
+        key_reached = sum_moment - sum_weight.to(tl.int64) * edge
+        reaches = m_key & (x < events) & ((x < key_low) | ((x < key_high) & (key_reached <= key_room)))
+        inside = tl.sum(reaches.to(tl.int32), 0)
+        found += inside
+        # The prefix that fails takes its own key in as well.
+        taken = tl.arange(0, BLOCK) <= inside
+        base_weight += tl.sum(tl.where(taken, w, 0), 0)
+        base_moment += tl.sum(tl.where(taken, m, 0), 0)
+        first += BLOCK
+        going = (inside == BLOCK) & (first < last)
+    target = row * n_corners + n_rows + bucket
+    tl.store(p_t + target, found + 1)
+    tl.store(p_x + target, x)
+    tl.store(p_w + target, base_weight)
+    tl.store(p_m + target, base_moment)
+    tl.store(p_key + target, ((found + 1).to(tl.int64) << 32) - x)
+
+
+@triton.jit
+def _walk(
+    p_code, p_edge, p_value, p_plus, p_minus, p_counts, p_start, p_end, p_unit, p_order, p_t, p_x, p_w, p_m,
+    p_count, p_sum_weight, p_sum_moment, times, events, n_corners, budget,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Each lane follows the staircase from its corner to the next, one time or one position a step."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    corner = row * n_corners + tl.load(p_order + row * n_corners + lane, mask=lane < n_corners, other=0)
+    following = tl.load(p_order + row * n_corners + lane + 1, mask=lane + 1 < n_corners, other=0)
+    t = tl.load(p_t + corner, mask=lane < n_corners, other=times + 1)
+    stop = tl.load(p_t + row * n_corners + following, mask=lane + 1 < n_corners, other=times + 1)
+    stop = tl.minimum(stop, times + 1)
+    active = t < stop
+    x = tl.load(p_x + corner, mask=active, other=0)
+    weight = tl.load(p_w + corner, mask=active, other=0)
+    moment = tl.load(p_m + corner, mask=active, other=0)
+    low, high, room = _limits(p_counts, p_start, p_end, p_unit, row, t, active, times, budget, COUNT, SEGMENTS)
+    # Without +inf and segments nothing but t changes from prefix to prefix.
+    changing = SEGMENTS
+    if not COUNT:
+        changing = changing | ((tl.load(p_counts + row * times + times - 1) >> 32) > 0)
+    while tl.max(active.to(tl.int32), 0) > 0:
+        last = x - 1
+        time, w, m, edge = _load_events(p_code, p_edge, row * events + last, active & (last >= 0), COUNT)
+        w = tl.where(time < t, w, 0)
+        m = tl.where(time < t, m, 0)
+        reached = (moment - m) - (weight - w).to(tl.int64) * edge
+        within = (last < low) | ((last < high) & (reached <= room))
+        target = row * times + t - 1
+        here = active & within
+        tl.store(p_count + target, x, mask=here)
+        tl.store(p_sum_weight + target, weight, mask=here)
+        tl.store(p_sum_moment + target, moment, mask=here)
+        back = active & ~within
+        x = tl.where(back, last, x)
+        weight = tl.where(back, weight - w, weight)
+        moment = tl.where(back, moment - m, moment)
+        # The next prefix takes the key at its end in.
+        on = here & (t + 1 < stop)
+        w, m = _own(p_value, p_plus, p_minus, p_unit, row, t, on, x, times, COUNT)
+        weight = tl.where(on, weight + w, weight)
+        moment = tl.where(on, moment + m, moment)
+        t = tl.where(here, t + 1, t)
+        on = on & changing
+        new_low, new_high, new_room = _limits(
+            p_counts, p_start, p_end, p_unit, row, t, on, times, budget, COUNT, SEGMENTS
+        )  # fmt: skip
+        low = tl.where(on, new_low, low)
+        high = tl.where(on, new_high, high)
+        room = tl.where(on, new_room, room)
+        active = t < stop
 
 
 @triton.jit
 def _merge(
-    p_order, p_value, p_alive, p_start, p_end, p_unit, p_code, p_edge, p_plus, p_minus, times, steps,
+    p_order, p_sorted, p_alive, p_start, p_end, p_unit, p_code, p_edge, p_plus, p_minus, times, steps,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where each key's two events stand: after the same keys' events above them, found by binary search."""
@@ -227,7 +312,7 @@ def _merge(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_at = at < times
     key = tl.load(p_order + row * times + at, mask=m_at, other=0).to(tl.int32)
-    value = tl.load(p_value + row * times + key, mask=m_at, other=0)
+    value = tl.load(p_sorted + row * times + at, mask=m_at, other=0)
     alive = tl.load(p_alive + row * times + key, mask=m_at, other=0) == 1
     unit = tl.load(p_unit + row)
     low = tl.zeros_like(at)
@@ -241,14 +326,12 @@ def _merge(
     for _ in range(steps):
         middle = (above_low + above_high) // 2
         open_ = m_at & (above_low < above_high)
-        other = tl.load(p_order + row * times + middle, mask=open_, other=0)
-        beyond = open_ & (tl.load(p_value + row * times + other, mask=open_, other=0) - unit > value)
+        beyond = open_ & (tl.load(p_sorted + row * times + middle, mask=open_, other=0) - unit > value)
         above_low = tl.where(beyond, middle + 1, above_low)
         above_high = tl.where(open_ & ~beyond, middle, above_high)
         middle = (below_low + below_high) // 2
         open_ = m_at & (below_low < below_high)
-        other = tl.load(p_order + row * times + middle, mask=open_, other=0)
-        beyond = open_ & (tl.load(p_value + row * times + other, mask=open_, other=0) >= value - unit)
+        beyond = open_ & (tl.load(p_sorted + row * times + middle, mask=open_, other=0) >= value - unit)
         below_low = tl.where(beyond, middle + 1, below_low)
         below_high = tl.where(open_ & ~beyond, middle, below_high)
     plus, minus = at + above_low, at + below_low
@@ -267,7 +350,8 @@ def merged_events(
     """The events at ``value`` (weight 1) and ``value - unit`` (weight -1) of every key, merged in falling order.
 
     order [R, S] int64: the keys by falling value, later segments first; value [R, S] int64 by key, falling along
-    ``order`` inside a segment; alive [R, S] int8, 1 for weight 1 and any other for weight 0; unit [R] int64; segments as for ``crossings``.
+    ``order`` inside a segment; alive [R, S] int8, 1 for weight 1 and any other for weight 0; unit [R] int64; segments
+    as for ``crossings``.
     """
     rows, times = order.shape
 
@@ -279,7 +363,7 @@ def merged_events(
     start, end = segments if segments is not None else (order, order)
     block = 512
     _merge[(rows, triton.cdiv(times, block))](
-        order, value, alive, start, end, unit, code, edge, plus, minus, times, times.bit_length(),
+        order, value.gather(1, order), alive, start, end, unit, code, edge, plus, minus, times, times.bit_length(),
         SEGMENTS=segments is not None, BLOCK=block,
     )  # fmt: skip
     return Events(code, edge, value, plus, minus)
@@ -322,46 +406,38 @@ def crossings(
     start, end = segments if segments is not None else (events.plus, events.plus)
     shared = (counts if counts is not None else events.plus, start, end, unit if unit is not None else events.edge)
     flags = {"COUNT": count, "SEGMENTS": segments is not None}
-    step = _first_step(times)
-    n_bounds = triton.cdiv(times, step)
-    bucket = max(256, triton.next_power_of_2(triton.cdiv(size, 1024)))
-    n_buckets = triton.cdiv(size, bucket)
+    # Many rows keep the device busy with few walkers each, and the table is what grows with their number.
+    prefixes = _PREFIXES if rows < 64 else _PREFIXES // 8
+    chunk = max(64, triton.next_power_of_2(triton.cdiv(times, prefixes)))
+    bucket = min(chunk, 2048)
+    n_rows, n_buckets = triton.cdiv(times, chunk), triton.cdiv(size, bucket)
     device = events.code.device
-    weight = torch.empty(rows, n_bounds, n_buckets, dtype=torch.int32, device=device)
-    moment = torch.empty(rows, n_bounds, n_buckets, dtype=torch.int64, device=device)
+
+    def made(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(rows, *shape, dtype=dtype, device=device)
+
+    weight, moment = made(torch.int32, n_rows, n_buckets), made(torch.int64, n_rows, n_buckets)
     _table[(rows, n_buckets)](
-        events.code, events.edge, weight, moment, times, size, step, n_bounds, n_buckets,
-        COUNT=count, BUCKET=bucket, BOUNDS=max(1, 8192 // bucket),
+        events.code, events.edge, weight, moment, times, size, chunk, n_rows, n_buckets,
+        COUNT=count, BUCKET=bucket, BLOCK=min(bucket, 256), ROWS=16 if n_rows <= 16 else 64,
     )  # fmt: skip
-    known = _empty(rows, n_bounds, device)
-    _boundaries[(rows, n_bounds)](
-        events.code, events.edge, *shared, weight, moment, *known, times, size, step, n_bounds, n_buckets, budget,
+    sums = (weight.cumsum(2, dtype=torch.int32), moment.cumsum(2))
+    corners = n_rows + n_buckets
+    found = [made(d, corners) for d in (torch.int32, torch.int32, torch.int32, torch.int64, torch.int64)]
+    sizes = (times, size, chunk, n_rows, n_buckets, corners, budget)
+    _rows[(rows, n_rows)](
+        events.code, events.edge, *shared, *sums, *found, *sizes,
         **flags, BUCKET=bucket, BUCKETS=triton.next_power_of_2(n_buckets),
     )  # fmt: skip
-    while step > 1:
-        branches = _LEAF if step == _LEAF else min(_BRANCHES, step // _LEAF)
-        chunk, step = step, step // branches
-        n_chunks, n_steps = triton.cdiv(times, chunk), triton.cdiv(times, step)
-        finer = _empty(rows, n_steps, device)
-        _refine[(rows, n_chunks)](
-            *events, *shared, *known, *finer,
-            times, size, chunk, step, n_chunks, n_steps, budget, **flags, BRANCHES=branches, BLOCK=_block(branches),
-        )  # fmt: skip
-        known = finer
-    return known
-
-
-def _first_step(times: int) -> int:
-    """A power of two of times between the first boundaries, at least a leaf."""
-    return max(_LEAF, triton.next_power_of_2(triton.cdiv(times, _BOUNDARIES)))
-
-
-def _block(branches: int) -> int:
-    return 4096 // branches
-
-
-def _empty(rows: int, count: int, device: torch.device) -> Crossings:
-    def made(dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, count, dtype=dtype, device=device)
-
-    return Crossings(made(torch.int32), made(torch.int32), made(torch.int64))
+    _columns[(rows, n_buckets)](
+        *events[1:], *shared, *sums, *found, *sizes,
+        **flags, BUCKET=bucket, ROWS=triton.next_power_of_2(n_rows), BLOCK=min(chunk, 1024),
+    )  # fmt: skip
+    *corner, key = found
+    order = key.sort(dim=1).indices
+    result = Crossings(made(torch.int32, times), made(torch.int32, times), made(torch.int64, times))
+    _walk[(rows, triton.cdiv(corners, _LANES))](
+        *events, *shared, order, *corner, *result, times, size, corners, budget,
+        **flags, LANES=_LANES, num_warps=1,
+    )  # fmt: skip
+    return result

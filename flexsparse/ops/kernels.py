@@ -30,7 +30,7 @@ def select(
     if lifetimes:
         counted = staircase.counted_events(order)
         found = staircase.crossings(counted, u.shape[1], budget - 1, segments=bounds)
-        lived = lifetime_kernels.lifetimes(found.count, counted.plus, grid.alive, grid.counts, budget, after, bounds)
+        lived = lifetime_kernels.lifetimes(found.reach, counted.plus, grid.alive, grid.counts, budget, after, bounds)
         found_lifetimes = Lifetimes(*lived)
     return found_thresholds, found_lifetimes
 

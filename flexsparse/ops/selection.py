@@ -144,7 +144,7 @@ def _selection(
         lived = causal.lifetimes(u, k, ranges) if lifetimes else None
     none = _selection_shapes(u, k, after, segments, False, False)
     first, second = found or none[:4], lived or none[4:]
-    return (*first, *second)  # type: ignore[return-value]
+    return (*first, *second)
 
 
 @_selection.register_fake

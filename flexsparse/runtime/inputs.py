@@ -13,8 +13,8 @@ from flexsparse.analysis.tiles import Sizes
 from flexsparse.errors import CapturedError, DeviceError, DtypeError, ShapeError, did_you_mean
 from flexsparse.ir.nodes import Kind, Load, Node, TensorSpec, walk
 from flexsparse.ir.program import Program
-from flexsparse.ops.selection import check_sorted
 from flexsparse.ops.projection import FLOATS, refuse_nan
+from flexsparse.ops.selection import check_sorted
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""The selection kernels give the bits of their PyTorch forms. They run on a GPU, or on a CPU in Triton's interpreter.
+
+Whether Triton interprets is decided when it is imported, so ``test_in_interpreter`` runs this file in a process of
+its own; in any other process without a GPU it is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexsparse.ops import causal
+from tests.ops.regimes import REGIMES, draw
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter"),
+]
+# The interpreter takes seconds a case: every kind of difficulty once, and on a GPU everything.
+CHOSEN = ("normal", "huge", "heavy ties", "both infinities")
+CASES = [(name, n, 20, 7) for name in CHOSEN for n in (140,)] + [("normal", 1, 1, 0), ("all -inf", 70, 3, 0)]
+if not INTERPRETED:
+    CASES = [(name, n, k, a) for name in REGIMES for n, k, a in ((1, 1, 0), (300, 40, 17), (5000, 64, 100))]
+
+
+def same(name: str, got: Tensor, wanted: Tensor) -> None:
+    assert got.dtype is wanted.dtype, name
+    apart = (got.cpu() != wanted) & ~(torch.isnan(got.cpu()) & torch.isnan(wanted))
+    assert not apart.any(), f"{name}: {int(apart.sum())} differ, first at {apart.nonzero()[0].tolist()}"
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("regime", "size", "k", "after"), CASES)
+def test_kernels_give_the_bits_of_the_pytorch_forms(
+    regime: str, size: int, k: int, after: int, segmented: bool
+) -> None:
+    from flexsparse.ops import kernels
+
+    u = torch.stack([draw(regime, size, seed) for seed in range(2)])
+    segments = None
+    if segmented:
+        segments = torch.randint(0, 4, (2, size), generator=torch.Generator().manual_seed(1)).sort(1).values
+    there = None if segments is None else segments.to(DEVICE)
+    ranges = causal.ranges_of(u, after, segments)
+    found, lived = kernels.select(u.to(DEVICE), k, after, there, thresholds=True, lifetimes=True)
+    wanted, wanted_lives = causal.thresholds(u, k, ranges), causal.lifetimes(u, k, ranges)
+    assert found is not None
+    assert lived is not None
+    for name in wanted._fields:
+        same(name, getattr(found, name), getattr(wanted, name))
+    for name in wanted_lives._fields:
+        same(name, getattr(lived, name), getattr(wanted_lives, name))
+    for chunk in (16, 50):
+        table = kernels.slot_table(lived, min(k, size), chunk)
+        same("slot table", table, causal.slot_table(wanted_lives, min(k, size), chunk))
+    flow = torch.randn(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    gradient = kernels.threshold_gradient(flow.to(DEVICE), u.to(DEVICE), found.floor, found.ceil, after, there)
+    expected = causal.threshold_gradient(flow, u, wanted.floor, wanted.ceil, ranges)
+    # Differences of two running sums of at most `size` shares, in different orders.
+    bound = size * 2.0**-52 * float(flow.abs().sum(1).max())
+    assert float((gradient.cpu() - expected).abs().max()) <= bound
+
+
+def test_nan_marks_its_row_from_its_position_on() -> None:
+    from flexsparse.ops import kernels
+
+    u = draw("normal", 90).repeat(2, 1)
+    u[1, 40] = torch.nan
+    found, lived = kernels.select(u.to(DEVICE), 5, 0, None, thresholds=True, lifetimes=True)
+    ranges = causal.ranges_of(u, 0, None)
+    assert found is not None
+    assert lived is not None
+    same("tau", found.tau, causal.thresholds(u, 5, ranges).tau)
+    same("death", lived.death, causal.lifetimes(u, 5, ranges).death)
+    assert torch.isnan(found.tau[1, 40:]).all()
+    assert not torch.isnan(found.tau[0]).any()
