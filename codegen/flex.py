@@ -51,7 +51,8 @@ class Generated:
     ``build(**values)`` returns the functions by name: ``mask_mod``, ``score_mod`` (None where the score is
     untouched), and for a gate on V: ``kept_score_mod`` (score_mod plus the log of the gate), ``lost_score_mod``
     (score_mod plus the log of ``gate_total`` less the gate), ``value_gate`` and ``gate_total``. These are None where
-    no gate acts on V.
+    no gate acts on V. ``sink_logit(like, b, h, q)`` gives the sink, in the dtype of ``like`` or captured ones; None
+    without one.
     """
 
     source: str
@@ -126,6 +127,7 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bo
         "mask_mod": _mask_function(program, offset, hoisted),
         **{name: _score_function(program, offset, hoisted, name) for name in _SCORE_FUNCTIONS},
         "value_gate": _value_gate_function(program, offset, hoisted),
+        "sink_logit": _sink_function(program, offset, hoisted),
     }
     present = {name: body for name, body in bodies.items() if body}
     lines = [f"    {line}" for line in _argument_comments(program)]
@@ -234,6 +236,16 @@ def _value_gate_function(program: Program, offset: bool, hoisted: dict[Node, str
     return _function("value_gate", "b, h, q, kv", offset, program_text(program.gate_v), body)
 
 
+def _sink_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
+    """The sink, computed outside FlexAttention from index tensors that broadcast together."""
+    if not program.has_sink:
+        return ""
+    emitter = _Emitter("like.dtype", hoisted)
+    shown = emitter.emit(program.sink)
+    body = f"return torch.full_like(like, {shown})" if is_uniform(program.sink) else f"return {shown}"
+    return _function("sink_logit", "like, b, h, q", offset, program_text(program.sink), [body])
+
+
 class _Emitter:
     """Nodes to Python text over torch. Scalars (sizes and constants) are computed by Python itself."""
 
@@ -308,7 +320,8 @@ class _Emitter:
             branches = [self._as(node.kind, a) for a in args[1:]]
             if is_uniform(args[1]) and is_uniform(args[2]) and node.kind is Kind.REAL:
                 # Two Python numbers would give torch's default dtype; one full tensor fixes the score's.
-                branches[0] = f"torch.full_like(score, {branches[0]})" if "score" in self.real_dtype else branches[0]
+                owner = self.real_dtype.removesuffix(".dtype")
+                branches[0] = f"torch.full_like({owner}, {branches[0]})" if owner in ("score", "like") else branches[0]
             return f"torch.where({self.emit_mask(args[0])}, {', '.join(branches)})", 10
         if op == "floor":
             return f"torch.floor({self._as(Kind.REAL, args[0])}).to(torch.int64)", 10

@@ -39,7 +39,7 @@ def block_mask(
 
     ``kv_len`` defaults to q_len, ``device`` to that of the captured tensors, else the default device. A mask that
     does not depend on batch or head has 1 in their place, which flex_attention broadcasts. Only the mask is used:
-    scores and gates of the pattern are left out (``Pattern.to_flex`` gives those that FlexAttention can express).
+    scores, gates and sink of the pattern are left out (``Pattern.to_flex`` gives those that FlexAttention can express).
     Work and memory grow with the tiles that exist; captured tensors enter through range minima and maxima. Rows
     of a large mask may share the storage of their indices, and its index tensors may be narrower than the number
     of key tiles; ``BlockMask.to_dense`` needs the full width, which masks up to 16 MiB of indices have.

@@ -27,6 +27,7 @@ from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
+from flexsparse.runtime.sink import with_sink
 from flexsparse.settings import Settings
 
 STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "plan")
@@ -160,7 +161,7 @@ class CompiledAttention:
         best; captured tensors as the pattern declares them. ``q_offset`` is the position of query 0.
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
-        key gives out 0, lse -inf and gradients 0.
+        key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
         """
         shapes = shapes_of(query, key, value, q_offset)
@@ -308,13 +309,25 @@ class CompiledAttention:
         dims = tuple(sequence_dims(self.ir, name) for name in names)
         opaque = opaque_functions(self.ir)
         work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque)
-        if bound.plan.backend == "chunked":
+        inside = tuple(t.detach() if n in self.ir.sink_only else t for n, t in zip(names, tensors, strict=True))
+        out, lse = self._attend(bound.plan, work, operands, inside, return_lse or self.ir.has_sink)
+        if self.ir.has_sink:
+            assert lse is not None
+            return with_sink(work, tensors, out, lse)
+        return out, lse
+
+    def _attend(
+        self, plan: Plan, work: Work, operands: tuple[Tensor, Tensor, Tensor], tensors: tuple[Tensor, ...], lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """out and, where it is asked for, lse, on the plan's backend; the sink is not in them."""
+        if plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors)
         learnable = learnable_names(self.ir)
         deterministic = self._settings.deterministic
-        recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in names)
-        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
-        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
+        recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in work.names)
+        offset = plan.shapes.q_offset != 0
+        launchers = _launchers(self._expression.node, self._settings, offset, plan.backend == "flex")
+        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=lse)
 
 
 @functools.lru_cache(maxsize=256)

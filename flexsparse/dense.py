@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +16,20 @@ from torch import Tensor
 
 from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
-from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Named, Node, Opaque, PerHead, Scored, SelectionNode, Symbol
+from flexsparse.ir.nodes import (
+    Apply,
+    Constant,
+    Kind,
+    Load,
+    Named,
+    Node,
+    Opaque,
+    PerHead,
+    Scored,
+    SelectionNode,
+    Sunk,
+    Symbol,
+)
 from flexsparse.parser import parse
 
 # The meaning of every operation on tensors, by Python's rules for integers.
@@ -39,13 +52,15 @@ _MEANING: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class _Dense:
-    """A pattern at every (b, h, q, kv): its mask, what it does to a score, and its gates."""
+    """A pattern at every (b, h, q, kv): its mask, what it does to a score, its gates, and its sink."""
 
     mask: Tensor
     score: Callable[[Tensor], Tensor]
     gate_k: Tensor
     gate_v: Tensor
     gate_logit: Tensor
+    # One more logit in the softmax's denominator, [B or 1, H or 1, S_q or 1, 1] or of no dimension.
+    sink: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ def reference(
     query [B, H, S_q, D], key and value [B, H_kv, S_kv, D]; captured tensors and scores by keyword, shaped as for
     the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32 (float64 for float64) if
     asked for. Differentiable, to any order, in every floating-point input. A row that sees no key gives out 0
-    and lse -inf. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
+    and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     groups = query.shape[1] // key.shape[1]
@@ -122,10 +137,12 @@ def reference(
     # Hidden scores never reach the exponential, so they cannot turn into NaN there; an empty row has weight 0.
     visible = torch.where(seen, scores, -torch.inf)
     top = visible.detach().amax(-1, keepdim=True)
+    sink = torch.full_like(top, -torch.inf) if dense.sink is None else dense.sink.to(top).expand_as(top)
+    top = torch.maximum(top, sink.detach())
     top = torch.where(torch.isneginf(top), 0.0, top)
     exponential = torch.where(seen, torch.exp(torch.where(seen, scores - top, 0.0)), 0.0)
-    total = exponential.sum(-1, keepdim=True)
-    empty = ~seen.any(-1, keepdim=True)
+    total = exponential.sum(-1, keepdim=True) + torch.exp(sink - top)
+    empty = ~seen.any(-1, keepdim=True) & torch.isneginf(sink)
     weights = exponential / torch.where(empty, 1.0, total) * dense.gate_v
     out = (weights @ wide_value).to(query.dtype)
     if not return_lse:
@@ -172,7 +189,11 @@ class _Evaluator:
                     base.gate_k,
                     base.gate_v,
                     base.gate_logit,
+                    base.sink,
                 )
+            case Sunk(inner, logit):
+                # Two sinks in one pattern are equal: the language refuses others.
+                return replace(self.pattern(inner), sink=self.number(logit, None, torch.float64))
             case Apply("and" | "or", (left, right)):
                 combine = self.both if node.op == "and" else self.either
                 return combine(self.pattern(left), self.pattern(right))
@@ -187,6 +208,7 @@ class _Evaluator:
             left.gate_k * right.gate_k,
             left.gate_v * right.gate_v,
             left.gate_logit * right.gate_logit,
+            right.sink if left.sink is None else left.sink,
         )
 
     def either(self, left: _Dense, right: _Dense) -> _Dense:
@@ -200,6 +222,7 @@ class _Evaluator:
             larger(left.gate_k, right.gate_k),
             larger(left.gate_v, right.gate_v),
             larger(left.gate_logit, right.gate_logit),
+            right.sink if left.sink is None else left.sink,
         )
 
     def per_head(self, entries: list[_Dense]) -> _Dense:
@@ -211,12 +234,15 @@ class _Evaluator:
                 result = torch.where(chosen == position, value, result)
             return result
 
+        nothing = torch.tensor(-torch.inf, dtype=torch.float64, device=self.sizes.device)
+        sinks = [nothing if e.sink is None else e.sink.to(nothing) for e in entries]
         return _Dense(
             pick([e.mask for e in entries]),
             lambda s: pick([e.score(s) for e in entries]),
             pick([e.gate_k for e in entries]),
             pick([e.gate_v for e in entries]),
             pick([e.gate_logit for e in entries]),
+            pick(sinks) if any(e.sink is not None for e in entries) else None,
         )
 
     def mask(self, node: Node) -> Tensor:

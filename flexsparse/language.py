@@ -124,7 +124,7 @@ RESERVED = {
     *SYMBOLS,
     *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
     *("torch", "math", "build", "mask_mod", "score_mod", "kept_score_mod", "lost_score_mod", "value_gate"),
-    *("gate_total", "gate", "least", "lost", "some", "x"),
+    *("gate_total", "gate", "least", "lost", "some", "x", "sink_logit", "like"),
 }
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 

@@ -32,7 +32,7 @@ def torchs_own_warnings(test: Any) -> Any:
     return test
 
 
-DIFFERENTIABLE = ("scores", "u", "other", "bias", "rates", "slope")
+DIFFERENTIABLE = ("scores", "u", "other", "bias", "rates", "slope", "sink_logits")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def make_captured(
         "cu_seqlens": lambda: torch.tensor(sorted({0, size // 3, size // 2, size})),
         "bias": lambda: torch.randn(heads, 33, generator=generator, dtype=torch.float64),
         "slope": lambda: torch.rand(heads, generator=generator, dtype=torch.float64),
+        "sink_logits": lambda: torch.randn(heads, generator=generator, dtype=torch.float64),
         "parents": lambda: torch.tensor([n - 1 - n % 3 if n else -1 for n in range(size)]).clamp(min=-1),
         "in_prefix": lambda: torch.rand(batch, size, generator=generator) < 0.3,
         "image": lambda: ids(batch, size) % 3 - 1,

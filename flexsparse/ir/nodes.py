@@ -189,6 +189,25 @@ class Scored(Node):
 
 
 @dataclass(frozen=True)
+class Sunk(Node):
+    """A pattern whose softmax also counts ``logit``: one more term in the denominator, without a key or a value.
+
+    ``logit`` is a number in b, h, q and sizes; -inf counts nothing. Score expressions never act on it.
+    """
+
+    pattern: Node
+    logit: Node
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return (self.pattern, self.logit)
+
+
+@dataclass(frozen=True)
 class Named(Node):
     """``body`` under the name and the arguments by which it was written; transparent to every analysis."""
 
@@ -303,14 +322,16 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
         return PerHead(children)
     if isinstance(node, Scored):
         return Scored(*children)
+    if isinstance(node, Sunk):
+        return Sunk(*children)
     if isinstance(node, Named):
         return Named(node.name, node.arguments, children[0])
     raise AssertionError(f"{type(node).__name__} has no children")
 
 
 def is_plain(node: Node) -> bool:
-    """Whether a BOOL node is a mask alone: no selection, and no score of its own."""
-    return not any(isinstance(n, SelectionNode | Scored) for n in walk(node))
+    """Whether a BOOL node is a mask alone: no selection, no score of its own, no sink."""
+    return not any(isinstance(n, SelectionNode | Scored | Sunk) for n in walk(node))
 
 
 def mentions(node: Node, *names: str) -> bool:

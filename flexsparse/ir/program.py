@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexsparse.ir.nodes import Kind, Node, Opaque, SelectionNode, Symbol, TensorSpec, rebuild, walk
+from flexsparse.ir.nodes import Kind, Load, Node, Opaque, SelectionNode, Symbol, TensorSpec, rebuild, walk
+from flexsparse.ir.sinks import NO_SINK
 from flexsparse.ir.text import call_text, selection_arguments, text
 
 
@@ -40,9 +41,10 @@ class Program:
     """What the lowerings read. Gates are REAL expressions, the constant 1 where nothing gates.
 
     The final score of a key is ``score`` evaluated with ``scale * (q . k) * gate_k`` as its running score,
-    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``. ``head_groups`` are the lengths of ``per_head``
-    lists, which must divide the number of query heads; ``idle`` names tensors that the pattern mentions and
-    simplification made unnecessary.
+    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``. ``sink`` is a logit in b, h and q that joins the
+    softmax's denominator, -inf where there is none. ``head_groups`` are the lengths of ``per_head`` lists, which must
+    divide the number of query heads; ``idle`` names tensors that the pattern mentions and simplification made
+    unnecessary.
     """
 
     mask: Node
@@ -55,10 +57,24 @@ class Program:
     tables: tuple[tuple[int | float, ...], ...] = ()
     head_groups: tuple[int, ...] = ()
     idle: tuple[str, ...] = ()
+    sink: Node = NO_SINK
 
     @property
     def expressions(self) -> dict[str, Node]:
-        return {name: getattr(self, name) for name in ("mask", "score", "gate_k", "gate_v", "gate_logit")}
+        """Every expression by name; the sink only where there is one."""
+        names = ("mask", "score", "gate_k", "gate_v", "gate_logit", *(("sink",) if self.has_sink else ()))
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether a logit without a key takes part in the softmax."""
+        return self.sink != NO_SINK
+
+    @property
+    def sink_only(self) -> frozenset[str]:
+        """The captured tensors that nothing but the sink reads: the attention itself owes them no gradient."""
+        loads = {name: {n.tensor.name for n in walk(e) if isinstance(n, Load)} for name, e in self.expressions.items()}
+        return frozenset(loads.pop("sink", set()).difference(*loads.values()))
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:

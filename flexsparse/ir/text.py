@@ -15,6 +15,7 @@ from flexsparse.ir.nodes import (
     PerHead,
     Scored,
     SelectionNode,
+    Sunk,
     Symbol,
     mentions,
 )
@@ -67,6 +68,8 @@ def _render(node: Node) -> tuple[str, int]:
             return f"{_operand(pattern, 'add')} + {_wrap(term, 7)}", 6
         case Scored(pattern, expression):
             return f"{_wrap(pattern, _ATOM)}.score({text(expression)})", _ATOM
+        case Sunk(pattern, logit):
+            return f"{_wrap(pattern, _ATOM)}.sink({text(logit)})", _ATOM
         case Apply(op, args):
             return _render_apply(op, args)
     raise AssertionError(f"no text for {type(node).__name__}")

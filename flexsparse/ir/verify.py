@@ -29,6 +29,8 @@ def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
         case Symbol(symbol):
             if symbol not in SYMBOLS or (symbol == "score" and name != "score"):
                 raise _broken(name, node, "a symbol of the language, and the running score only in scores")
+            if symbol == "kv" and name == "sink":
+                raise _broken(name, node, "a sink that does not depend on a key")
         case Load(tensor, index):
             if tensor.name not in tensors or len(index) != len(tensor.dims):
                 raise _broken(name, node, "a declared tensor with one index for each dimension")
@@ -44,6 +46,8 @@ def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
                 raise _broken(name, node, f"one of {len(program.selections)} selections")
             if isinstance(node, Gate) and name in ("mask", "score"):
                 raise _broken(name, node, "gates only in gates")
+            if name == "sink":
+                raise _broken(name, node, "a sink that does not depend on a key")
         case _:
             raise _broken(name, node, "a flattened node")
 

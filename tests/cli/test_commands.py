@@ -136,6 +136,16 @@ def test_check_reports_every_result(invoke: Invoke) -> None:
         assert case["empty_rows"] == 2 * 4 * min(3, case["length"])
 
 
+def test_check_of_a_sink_counts_rows_without_keys_from_the_mask(invoke: Invoke) -> None:
+    pattern = "causal() & (kv > 2) & learned_sinks()"
+    data = json.loads(invoke("check", pattern, "--length", "20", "--dtype", "bf16", "--json").out)
+    assert data["holds"] is True
+    for case in data["cases"]:
+        assert [r["name"] for r in case["results"]][-1] == "d sink_logits"
+        assert case["empty_rows"] == 2 * 4 * 3
+        assert case["empty_rows_wrong"] == []
+
+
 def test_check_notices_the_backend_as_a_note(invoke: Invoke) -> None:
     answer = invoke("check", "causal()", "--length", "5")
     assert answer.err.startswith("note: flexsparse runs its exact chunked path on CPU")

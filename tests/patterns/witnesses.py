@@ -64,6 +64,8 @@ MASKS: dict[str, Predicate] = {
     "document": document,
     "full": lambda w, b, h, q, kv: True,
     "global_tokens": global_tokens,
+    # The sink is no key; what it does to the softmax is in tests/runtime/test_sinks.py.
+    "learned_sinks": lambda w, b, h, q, kv: True,
     "padding": lambda w, b, h, q, kv: kv < w.tensors["lengths"][b],
     "prefix_lm": lambda w, b, h, q, kv, prefix: kv in range(max(prefix, q + 1)),
     "sinks": lambda w, b, h, q, kv, count: kv in range(count),

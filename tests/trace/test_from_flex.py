@@ -166,3 +166,12 @@ def test_to_flex_gives_functions_for_plain_flex_attention() -> None:
     assert isinstance(selection, fs.language.Pattern)
     with pytest.raises(ExpressionError, match="got a pattern with a selection"):
         selection.to_flex()
+    sunk = fs.parse("causal.sink(0)")
+    assert isinstance(sunk, fs.language.Pattern)
+    with pytest.raises(ExpressionError) as caught:
+        sunk.to_flex()
+    assert str(caught.value) == (
+        "to_flex(causal().sink(0)): got a pattern with a sink, expected masks and scores alone: FlexAttention's "
+        "functions give every term of the softmax a key. Use flexsparse.compile, or apply out * sigmoid(lse - sink) "
+        "to what flex_attention returns."
+    )
