@@ -309,25 +309,20 @@ class CompiledAttention:
         dims = tuple(sequence_dims(self.ir, name) for name in names)
         opaque = opaque_functions(self.ir)
         work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque)
-        inside = tuple(t.detach() if n in self.ir.sink_only else t for n, t in zip(names, tensors, strict=True))
-        out, lse = self._attend(bound.plan, work, operands, inside, return_lse or self.ir.has_sink)
-        if self.ir.has_sink:
-            assert lse is not None
-            return with_sink(work, tensors, out, lse)
-        return out, lse
-
-    def _attend(
-        self, plan: Plan, work: Work, operands: tuple[Tensor, Tensor, Tensor], tensors: tuple[Tensor, ...], lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """out and, where it is asked for, lse, on the plan's backend; the sink is not in them."""
-        if plan.backend == "chunked":
-            return attend_chunked(work, *operands, tensors)
+        if bound.plan.backend == "chunked":
+            return attend_chunked(replace(work, sink=self.ir.has_sink), *operands, tensors)
         learnable = learnable_names(self.ir)
         deterministic = self._settings.deterministic
-        recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in work.names)
-        offset = plan.shapes.q_offset != 0
-        launchers = _launchers(self._expression.node, self._settings, offset, plan.backend == "flex")
-        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=lse)
+        recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in names)
+        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
+        # FlexAttention knows nothing of the sink, and owes no gradient to what it alone reads.
+        inside = tuple(t.detach() if n in self.ir.sink_only else t for n, t in zip(names, tensors, strict=True))
+        lse_needed = return_lse or self.ir.has_sink
+        out, lse = attend_flex(work, launchers, operands, inside, recomputed, needs_lse=lse_needed)
+        if not self.ir.has_sink:
+            return out, lse
+        assert lse is not None
+        return with_sink(work, tensors, out, lse)
 
 
 @functools.lru_cache(maxsize=256)

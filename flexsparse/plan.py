@@ -168,7 +168,7 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
         notes.append("CPU: FlexAttention cannot train here, so the exact chunked path runs.")
     if gated and chosen.startswith("flex"):
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
-    if program.has_sink and chosen != "reference":
+    if program.has_sink and chosen.startswith("flex"):
         notes.append(
             "The sink joins the softmax after the attention: out * sigmoid(lse - sink), lse logaddexp(lse, sink); its "
             "gradient is a plain sum, bit-identical between runs."

@@ -1,8 +1,8 @@
-"""A sink after the attention: what it takes from every row of out, and what it adds to lse.
+"""A sink after FlexAttention: what it takes from every row of out, and what it adds to lse.
 
 With lse the logarithm of the sum over keys, a sink of logit t leaves out * sigmoid(lse - t), and the whole sum's
-logarithm is logaddexp(lse, t). Both are plain PyTorch, on every backend, so the sink's gradient is a sum in a fixed
-order, and it costs [B, H, S_q] numbers.
+logarithm is logaddexp(lse, t). Both are plain PyTorch, so the sink's gradient is a sum in a fixed order, and it costs
+[B, H, S_q] numbers. The chunked path counts the sink in its own sums instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexsparse.runtime.chunked import Work
+from flexsparse.runtime.chunked import Work, row_indices, sink_logits
 
 
 def with_sink(work: Work, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,8 @@ def with_sink(work: Work, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor)
     ``tensors`` in the order of ``work.names``, with the graph that the sink's gradient shall take. A row without keys
     gets out 0 and lse of the sink; a sink of -inf changes nothing and receives the gradient 0.
     """
-    sink = _logits(work, tensors, lse)
+    functions = work.functions(tensors, broadcast=True)
+    sink = sink_logits(functions, lse, *row_indices(work.shapes, lse.device))
     empty, absent = torch.isneginf(lse), torch.isneginf(sink)
     known = ~(empty | absent)
     # Infinities never enter the difference, whose gradient would be NaN.
@@ -27,14 +28,3 @@ def with_sink(work: Work, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor)
     share = torch.where(absent, 1.0, torch.where(empty, 0.0, torch.sigmoid(keys - mine)))
     total = torch.where(absent, lse, torch.where(empty, sink, torch.logaddexp(keys, mine)))
     return (out * share.unsqueeze(-1)).to(out.dtype), total
-
-
-def _logits(work: Work, tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """The sink's logit for every row, [B, H, S_q], in the dtype of lse."""
-    counts = (work.shapes.batch, work.shapes.heads, work.shapes.q_len)
-    b, h, q = (
-        torch.arange(count, device=like.device).reshape([-1 if d == n else 1 for d in range(3)])
-        for n, count in enumerate(counts)
-    )
-    sink: Tensor = work.functions(tensors, broadcast=True)["sink_logit"](like, b, h, q)
-    return sink.to(like.dtype).expand(like.shape)
