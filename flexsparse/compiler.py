@@ -172,7 +172,7 @@ class CompiledAttention:
         factor = check_scale(scale, shapes.head_dim)
         compiled = compile_pattern(self._expression.node, q_offset != 0)
         try:
-            bound = bind_call(compiled, shapes, given, self._settings, validate=validate)
+            bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=validate)
             self._bound = BoundAttention(self, bound.plan)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":

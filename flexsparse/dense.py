@@ -18,6 +18,7 @@ from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
 from flexsparse.ir.nodes import (
     Apply,
+    BlockTopK,
     Constant,
     Kind,
     Load,
@@ -30,6 +31,7 @@ from flexsparse.ir.nodes import (
     Sunk,
     Symbol,
 )
+from flexsparse.ir.text import text
 from flexsparse.parser import parse
 
 # The meaning of every operation on tensors, by Python's rules for integers.
@@ -127,7 +129,7 @@ def reference(
     wide_query, wide_key, wide_value = query.double(), key.double(), value.double()
     wide_key, wide_value = (x.repeat_interleave(groups, 1) for x in (wide_key, wide_value))
     sizes = _Sizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], q_offset, query.device)
-    dense = _Evaluator(sizes, captured).pattern(expression.node)
+    dense = _Evaluator(sizes, captured, (query, key)).pattern(expression.node)
     scores = wide_query @ wide_key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     # An expression may leave the running score out, and be an integer or one number for all.
     scores = dense.score(scores * dense.gate_k).double().expand_as(scores)
@@ -160,19 +162,29 @@ def dense_mask(
     heads: int = 1,
     q_offset: int = 0,
     device: torch.device | str = "cpu",
+    query: Tensor | None = None,
+    key: Tensor | None = None,
     **captured: Tensor,
 ) -> Tensor:
-    """Which keys each query sees, as booleans [B, H, S_q, S_kv]."""
+    """Which keys each query sees, as booleans [B, H, S_q, S_kv].
+
+    A selection that depends on ``query`` [B, H, S_q, D] and ``key`` [B, H_kv, S_kv, D] needs both; other patterns
+    ignore them. Raises CapturedError for a tensor that is missing, these two included.
+    """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     kv_len = q_len if kv_len is None else kv_len
     sizes = _Sizes(batch, heads, q_len, kv_len, q_offset, torch.device(device))
-    return _Evaluator(sizes, captured).pattern(expression.node).mask.expand(batch, heads, q_len, kv_len)
+    operands = None if query is None or key is None else (query, key)
+    return _Evaluator(sizes, captured, operands).pattern(expression.node).mask.expand(batch, heads, q_len, kv_len)
 
 
 class _Evaluator:
-    def __init__(self, sizes: _Sizes, captured: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, sizes: _Sizes, captured: Mapping[str, Tensor], operands: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.sizes = sizes
         self.captured = captured
+        self.operands = operands
         self.one = torch.ones((), dtype=torch.float64, device=sizes.device)
 
     def pattern(self, node: Node) -> _Dense:
@@ -284,6 +296,8 @@ class _Evaluator:
                 at = tuple(p.clamp(max=n - 1) if n == 1 else p for p, n in zip(parts, tensor.shape, strict=True))
                 loaded = tensor[at]
                 return loaded.to(dtype) if spec.kind is Kind.REAL else loaded
+            case BlockTopK():
+                return self.blocks(node)
             case PerHead(entries):
                 chosen = self.sizes.grid("h") * len(entries) // self.sizes.heads
                 values = [self.number(e, running, dtype) for e in entries]
@@ -308,6 +322,29 @@ class _Evaluator:
             raise CapturedError(name, got="nothing", expected="a tensor", mend=f"Pass {name}=... to the call.")
         return self.captured[name]
 
+    def blocks(self, node: BlockTopK) -> Tensor:
+        """Every pair by counting, for each past block, the past blocks that come before it."""
+        if self.operands is None:
+            raise CapturedError(
+                "query, key",
+                got="nothing",
+                expected=f"both, as the blocks of {text(node)} depend on them",
+                mend="Pass query=... and key=... as well.",
+            )
+        query, key = (x.detach().double() for x in self.operands)
+        key = key.repeat_interleave(self.sizes.heads // key.shape[1], 1)
+        q, kv = self.sizes.grid("q"), self.sizes.grid("kv")
+        scores = [_block_scores(node.score, query, keys) for keys in key.split(node.block, 2)]
+        own = (q // node.block).squeeze(-1)
+        chosen = []
+        for n, mine in enumerate(scores):
+            before = torch.zeros_like(mine, dtype=torch.long)
+            for m, other in enumerate(scores):
+                wins = (other > mine) | (other == mine) if m < n else other > mine
+                before += wins & (m < own)
+            chosen.append((own == n) | ((n < own) & (before < node.k)))
+        return torch.stack(chosen, -1)[..., kv.flatten() // node.block] & (kv <= q)
+
     def selection(self, node: SelectionNode) -> _Dense:
         scores = self.tensor(node.scores).double()
         scores = scores.repeat_interleave(self.sizes.heads // scores.shape[1], 1)
@@ -327,6 +364,14 @@ class _Evaluator:
         on_k = m if node.gate in ("kv", "k", "ste") else self.one
         on_v = m if node.gate in ("kv", "v", "ste") else self.one
         return _Dense(chosen, lambda s: s, on_k, on_v, m if node.gate == "logit" else self.one)
+
+
+def _block_scores(score: str, query: Tensor, keys: Tensor) -> Tensor:
+    """How a block of keys [B, H, n, D] scores for each query [B, H, S_q, D]: [B, H, S_q]."""
+    if score == "mean":
+        return (query * keys.mean(2, keepdim=True)).sum(-1)
+    ends = (query * keys.amin(2, keepdim=True), query * keys.amax(2, keepdim=True))
+    return torch.maximum(*ends).sum(-1)
 
 
 def _sorted_gates(z: Tensor, k: int) -> Tensor:

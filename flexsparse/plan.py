@@ -189,6 +189,15 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
         )
     if program.selections:
         notes.append("Tiles depend on the scores: they are classified at each call.")
+    if program.chosen:
+        notes.append(
+            "Blocks are chosen from query and key at each call, without a gradient of the choice, and their tiles are "
+            "classified then."
+        )
+        notes.append(
+            "A selection that depends on the query carries no eviction certificate: any key may be chosen again, so "
+            "generation must keep them all."
+        )
     if not depends_on(program.mask, "b") and not depends_on(program.mask, "h"):
         notes.append("The mask does not depend on batch or head: one block mask serves all.")
     return tuple(notes)

@@ -363,6 +363,13 @@ def to_flex(
             expected="masks and scores alone",
             mend="Use flexsparse.compile, which computes the selection at each call.",
         )
+    if program.chosen:
+        raise ExpressionError(
+            f"to_flex({pattern})",
+            got="a selection that depends on query and key",
+            expected="functions of indices and of tensors that are known",
+            mend="Use flexsparse.compile, which chooses the blocks at each call.",
+        )
     if program.has_sink:
         raise ExpressionError(
             f"to_flex({pattern})",

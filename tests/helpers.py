@@ -210,7 +210,11 @@ def plain_shapes(
 
 
 def bound_and_functions(
-    pattern: Pattern, shapes: Shapes, captured: Mapping[str, Tensor], block: int = 16
+    pattern: Pattern,
+    shapes: Shapes,
+    captured: Mapping[str, Tensor],
+    block: int = 16,
+    operands: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Bound, dict[str, Any]]:
     """The bound call and the generated functions, as every backend gets them."""
     compiled = compile_pattern(pattern.node, shapes.q_offset != 0)
@@ -218,7 +222,7 @@ def bound_and_functions(
     # Simplification may drop a tensor that a generated pattern mentions.
     needed = {spec.name for spec in compiled.program.tensors} | {s.scores for s in compiled.program.selections}
     detached = {name: tensor.detach() for name, tensor in captured.items() if name in needed}
-    bound = bind_call(compiled, shapes, detached, settings, validate=True)
+    bound = bind_call(compiled, shapes, detached, settings, operands=operands, validate=True)
     values = {name: bound.buffers[name] for name in compiled.generated.arguments}
     return bound, compiled.generated.build(**values)
 

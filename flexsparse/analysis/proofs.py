@@ -21,7 +21,7 @@ from flexsparse.ir import nodes
 from flexsparse.ir.canonical import canonical
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import FALSE, INDEX_SYMBOLS, SIZE_SYMBOLS, Apply, Load, Node, Opaque, Symbol, walk
-from flexsparse.ir.program import Program, Selected
+from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.parser import parse
 from flexsparse.verdict import Verdict
 
@@ -118,7 +118,7 @@ def _answer(a: Program, b: Program, wrong: Callable[[Node, Node], Node], verb: s
     bad = canonical(wrong(a.mask, right))
     if bad == FALSE or canonical(a.mask) == canonical(right):
         return Verdict(True, "the canonical forms agree")
-    free = not any(isinstance(n, Load | Selected | Opaque) for n in walk(bad))
+    free = not any(isinstance(n, Load | Selected | Chosen | Opaque) for n in walk(bad))
     if free:
         example = _search(bad)
         if example is not None:

@@ -90,7 +90,8 @@ def _seen(pattern: Pattern, call: Call) -> Tensor:
     """The oracle's mask, [B, H, S_q, S_kv]: with a sink, lse does not tell which rows see no key."""
     (batch, heads, q_len, _), kv_len = call.query.shape, call.key.shape[2]
     sizes = {"batch": batch, "heads": heads, "device": call.query.device}
-    return dense_mask(pattern, q_len, kv_len, **sizes, **call.captured)  # type: ignore[arg-type]
+    operands = {"query": call.query, "key": call.key}
+    return dense_mask(pattern, q_len, kv_len, **sizes, **operands, **call.captured)  # type: ignore[arg-type]
 
 
 def _empty_rows(found: Mapping[str, Tensor], empty: Tensor) -> tuple[int, tuple[str, ...]]:

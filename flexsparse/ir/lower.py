@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flexsparse.errors import CapturedError, ExpressionError
 from flexsparse.ir.nodes import (
     Apply,
+    BlockTopK,
     Constant,
     Kind,
     Load,
@@ -22,7 +23,7 @@ from flexsparse.ir.nodes import (
     rebuild,
     walk,
 )
-from flexsparse.ir.program import Gate, Program, Selected, table_name
+from flexsparse.ir.program import Chosen, Gate, Program, Selected, table_name
 from flexsparse.ir.simplify import simplify
 from flexsparse.ir.sinks import NO_SINK, sink_of
 from flexsparse.ir.text import text
@@ -107,6 +108,9 @@ class _Lowering:
             return self.flat(node.body)
         if isinstance(node, PerHead):
             return self.choice([self.flat(entry) for entry in node.entries], node.kind)
+        if isinstance(node, BlockTopK):
+            # A future block is never chosen; the own block is seen up to the query.
+            return Apply("and", (Chosen(node), Apply("le", (Symbol("kv"), Symbol("q")))))
         return rebuild(node, tuple(self.flat(child) for child in node.children))
 
     def choice(self, entries: list[Node], kind: Kind) -> Node:

@@ -65,6 +65,8 @@ class Symbol(Node):
 
 INDEX_SYMBOLS = ("b", "h", "q", "kv")
 SIZE_SYMBOLS = ("q_len", "kv_len", "heads")
+# The children of what changes with every index.
+PLACE: tuple[Node, ...] = tuple(Symbol(name) for name in INDEX_SYMBOLS)
 SYMBOLS = {**dict.fromkeys((*INDEX_SYMBOLS, *SIZE_SYMBOLS), Kind.INT), "score": Kind.REAL}
 
 
@@ -170,6 +172,34 @@ class SelectionNode(Node):
     @property
     def kind(self) -> Kind:
         return Kind.BOOL
+
+
+BLOCK_SCORES = ("mean", "bounds")
+
+
+@dataclass(frozen=True)
+class BlockTopK(Node):
+    """The keys up to the query in its own block, and the k past blocks of keys that score highest for the query.
+
+    Its blocks are chosen at the call, from query and key. ``score`` is one of BLOCK_SCORES.
+    """
+
+    k: int
+    block: int
+    score: str = "mean"
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return PLACE
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor that says which blocks each query chose."""
+        return f"chosen_{self.score}_{self.block}_{self.k}"
 
 
 @dataclass(frozen=True)

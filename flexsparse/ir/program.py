@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexsparse.ir.nodes import Kind, Load, Node, Opaque, SelectionNode, Symbol, TensorSpec, rebuild, walk
+from flexsparse.ir.nodes import (
+    PLACE,
+    BlockTopK,
+    Kind,
+    Load,
+    Node,
+    Opaque,
+    SelectionNode,
+    Symbol,
+    TensorSpec,
+    rebuild,
+    walk,
+)
 from flexsparse.ir.sinks import NO_SINK
 from flexsparse.ir.text import call_text, selection_arguments, text
 
@@ -34,6 +46,21 @@ class Gate(Node):
     @property
     def kind(self) -> Kind:
         return Kind.REAL
+
+
+@dataclass(frozen=True)
+class Chosen(Node):
+    """Whether query q chose the block of key kv; the query's own block always is."""
+
+    topk: BlockTopK
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return PLACE
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,12 @@ class Program:
         return tuple({n.function: n for n in found}.values())
 
     @property
+    def chosen(self) -> tuple[BlockTopK, ...]:
+        """The selections of blocks that depend on query and key, in order of first use."""
+        found = (n.topk for e in self.expressions.values() for n in walk(e) if isinstance(n, Chosen))
+        return tuple(dict.fromkeys(found))
+
+    @property
     def has_score(self) -> bool:
         """Whether the score is anything but the running score itself."""
         return self.score != Symbol("score")
@@ -99,6 +132,8 @@ class Program:
             yield f"table      {table_name(number)} = {list(values)}"
         for number, selection in enumerate(self.selections):
             yield f"selection  selected_{number}, m_{number} = {call_text('topk', selection_arguments(selection))}"
+        for topk in self.chosen:
+            yield f"blocks     {topk.name} = {text(topk)}"
         for name, node in self.expressions.items():
             yield f"{name:<10} = {program_text(node)}"
 
@@ -118,6 +153,8 @@ def _with_names(node: Node) -> Node:
         return _Name(f"selected_{node.number}", Kind.BOOL)
     if isinstance(node, Gate):
         return _Name(f"ste(m_{node.number})" if node.straight_through else f"m_{node.number}", Kind.REAL)
+    if isinstance(node, Chosen):
+        return _Name(node.topk.name, Kind.BOOL)
     return rebuild(node, tuple(_with_names(c) for c in node.children))
 
 

@@ -6,6 +6,7 @@ from flexsparse.ir.nodes import (
     COMPARISONS,
     OPERATIONS,
     Apply,
+    BlockTopK,
     Constant,
     Kind,
     Load,
@@ -64,6 +65,9 @@ def _render(node: Node) -> tuple[str, int]:
             return call_text(name, arguments), _ATOM
         case SelectionNode():
             return call_text("topk", selection_arguments(node)), _ATOM
+        case BlockTopK(k, block, score):
+            shown = (("", k), ("block", block), *((("score", score),) if score != "mean" else ()))
+            return call_text("block_topk", shown), _ATOM
         case Scored(pattern, Apply("add", (Symbol("score"), term))) if not mentions(term, "score"):
             return f"{_operand(pattern, 'add')} + {_wrap(term, 7)}", 6
         case Scored(pattern, expression):

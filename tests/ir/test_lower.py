@@ -99,6 +99,18 @@ GOLDEN: dict[str, tuple[Any, str]] = {
         f"mask       = ((h * 2 // heads == 0) & (kv <= q)) | (~(h * 2 // heads == 0) & (kv <= q))\n"
         f"score      = score\n{NO_GATES}\nsink       = table_0[h * 2 // heads]",
     ),
+    "blocks": (
+        P["moba"](16, 2) & P["document"](),
+        "tensor     doc: int[b, s]\nblocks     chosen_mean_16_2 = block_topk(2, block=16)\n"
+        f"mask       = chosen_mean_16_2 & (kv <= q) & (doc[b, q] == doc[b, kv])\nscore      = score\n{NO_GATES}",
+    ),
+    "two_kinds_of_blocks": (
+        P["moba"](16, 2) | P["quest"](16, 2) | P["moba"](16, 2),
+        "blocks     chosen_mean_16_2 = block_topk(2, block=16)\n"
+        "blocks     chosen_bounds_16_2 = block_topk(2, block=16, score='bounds')\n"
+        f"mask       = (chosen_mean_16_2 & (kv <= q)) | (chosen_bounds_16_2 & (kv <= q))\nscore      = score\n"
+        f"{NO_GATES}",
+    ),
     "boundaries": (
         P["document"](cu_seqlens="ends"),
         f"tensor     ends: int[s] boundaries\nmask       = ends[q] == ends[kv]\nscore      = score\n{NO_GATES}",

@@ -110,6 +110,10 @@ EXPRESSION: list[tuple[Callable[[], object], str]] = [
         lambda: P["learned_sinks"]().sink(0),
         f"learned_sinks().sink(0): got two sinks, sink_logits[h] and 0, {SINK_ONCE}",
     ),
+    (
+        lambda: P["causal"]().sink(fl.where(P["moba"](4, 1), 1, 0)),
+        f"sink(where(moba(4, 1), 1, 0)): got a logit that depends on kv, {SINK_EXPECTED}",
+    ),
     (lambda: score < 3, f"comparison with score: {RUNNING}"),
     (lambda: 3 * score + 1 >= q, f"comparison with 3 * score + 1: {RUNNING}"),
     (lambda: q == score, f"comparison with score: {RUNNING}"),
@@ -227,6 +231,13 @@ ARGUMENTS: list[tuple[Callable[[], object], str]] = [
     (lambda: topk(0), "topk(k): got 0, expected an integer of at least 1."),
     (lambda: topk(True), "topk(k): got True, expected an integer of at least 1."),
     (lambda: untyped.topk(2.0), "topk(k): got 2.0, expected an integer of at least 1."),
+    (lambda: fl.block_topk(0, block=4), "block_topk(k): got 0, expected an integer of at least 1."),
+    (lambda: fl.block_topk(1, block=True), "block_topk(block): got True, expected an integer of at least 1."),
+    (
+        lambda: fl.block_topk(1, block=4, score="max"),
+        "block_topk(score): got 'max', expected one of 'mean', 'bounds'.",
+    ),
+    (lambda: P["moba"](block=4, k=0), "moba(k): got 0, expected an integer of at least 1."),
     (lambda: topk(2, after=-1), "topk(after): got -1, expected an integer of at least 0."),
     (lambda: topk(2, gate="hard"), "topk(gate): got 'hard', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste'."),
     (

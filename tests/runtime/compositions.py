@@ -70,5 +70,13 @@ COMPOSITIONS: dict[str, Any] = {
     "sink of some heads": per_head(
         [CAUSAL.sink(SINK[h]), P["sinks"](4), topk(3, gate="v").sink(1.5), CAUSAL & (kv > 5)]
     ),
+    "moba": P["moba"](5, 2),
+    "quest": P["quest"](4, 1),
+    "moba within documents": P["moba"](4, 3) & P["document"]() | P["sinks"](1) & CAUSAL,
+    "what quest left out": ~P["quest"](3, 2) & CAUSAL,
+    "two choices of blocks": (P["moba"](6, 1) + 0.5 | P["quest"](4, 2)) & P["sliding_window"](14),
+    "blocks or a selection": P["moba"](7, 1) | P["sparsek"](4, gate="v"),
+    "bias where a block was chosen": CAUSAL + where(P["moba"](4, 1), SLOPE[h], 0),
+    "moba of a head": per_head([P["moba"](4, 1), P["sliding_window"](3)]) & P["learned_sinks"](),
     "selection of every key": P["sparsek"](10**9) & CAUSAL,
 }

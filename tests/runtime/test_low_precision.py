@@ -20,6 +20,8 @@ PATTERNS = {
     "bias": "causal.score(softcap(20.0)) + relative_bias(16)",
     "sinks": "causal & sliding_window(64) & learned_sinks",
     "sinks and gates": "(sliding_window(16) | sparsek(24, after=16)) & learned_sinks",
+    "moba": "moba(16, 2)",
+    "quest": "quest(16, 2) & learned_sinks",
     "documents": "causal & document & (sliding_window(32) | sparsek(16, gate='v'))",
 }
 
