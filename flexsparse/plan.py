@@ -124,6 +124,9 @@ def _flex(program: Program, shapes: Shapes) -> Verdict:
             return Verdict(False, "FlexAttention has no gradients on CPU.")
         if program.gate_v != Constant(1.0):
             return Verdict(False, "A gate on V needs the LSE, which compiled CPU FlexAttention does not give.")
+        if program.chosen:
+            # Its C++ writes one size where another is meant once a captured tensor has a dynamic size of its own.
+            return Verdict(False, "Compiled CPU FlexAttention cannot build the look-up of chosen blocks.")
         if program.has_sink:
             return Verdict(False, "A sink needs the LSE, which compiled CPU FlexAttention does not give.")
     if not _torch.ANY_HEAD_DIM and shapes.head_dim & (shapes.head_dim - 1):

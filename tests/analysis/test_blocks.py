@@ -10,7 +10,7 @@ import torch
 import flexsparse as fs
 from flexsparse.analysis import tiles
 from flexsparse.analysis.blocks import block_counts
-from flexsparse.errors import CapturedError, ExpressionError
+from flexsparse.errors import BackendError, CapturedError, ExpressionError
 from flexsparse.patterns import catalogue
 from tests.helpers import assert_tiles_sound, bound_and_functions, generated_mask, plain_shapes
 
@@ -129,3 +129,5 @@ def test_the_plan_says_that_nothing_may_be_forgotten() -> None:
     assert "carries no eviction certificate" in told
     assert "without a gradient of the choice" in told
     assert "tiles     known at the call" in told
+    with pytest.raises(BackendError, match="Compiled CPU FlexAttention cannot build the look-up of chosen blocks"):
+        fs.compile("moba(64, 4)", backend="flex").bind(q_len=64, head_dim=16, dtype=torch.float32)
