@@ -31,7 +31,7 @@ from flexsparse.ir.nodes import (
     mentions,
     walk,
 )
-from flexsparse.ir.program import Gate, Program, Selected, program_text, table_name
+from flexsparse.ir.program import Chosen, Gate, Program, Selected, program_text, table_name
 
 _TENSOR_CALLS = {"abs": "torch.abs", **{f: f"torch.{f}" for f in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "cos")}}
 _TENSOR_CALLS |= {"sigmoid": "torch.sigmoid"}
@@ -51,7 +51,8 @@ class Generated:
     ``build(**values)`` returns the functions by name: ``mask_mod``, ``score_mod`` (None where the score is
     untouched), and for a gate on V: ``kept_score_mod`` (score_mod plus the log of the gate), ``lost_score_mod``
     (score_mod plus the log of ``gate_total`` less the gate), ``value_gate`` and ``gate_total``. These are None where
-    no gate acts on V.
+    no gate acts on V. ``sink_logit(like, b, h, q)`` gives the sink, in the dtype of ``like`` or captured ones; None
+    without one.
     """
 
     source: str
@@ -100,6 +101,7 @@ def _arguments(program: Program, offset: bool) -> tuple[str, ...]:
     names += [table_name(n) for n in range(len(program.tables)) if _is_loaded(program, table_name(n))]
     for number in range(len(program.selections)):
         names += selection_arguments(program, number)
+    names += [topk.name for topk in program.chosen]
     mentioned = {n.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Symbol)}
     names += [name for name in SIZE_SYMBOLS if name in mentioned]
     return (*names, "q_offset") if offset else tuple(names)
@@ -126,6 +128,7 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bo
         "mask_mod": _mask_function(program, offset, hoisted),
         **{name: _score_function(program, offset, hoisted, name) for name in _SCORE_FUNCTIONS},
         "value_gate": _value_gate_function(program, offset, hoisted),
+        "sink_logit": _sink_function(program, offset, hoisted),
     }
     present = {name: body for name, body in bodies.items() if body}
     lines = [f"    {line}" for line in _argument_comments(program)]
@@ -148,6 +151,8 @@ def _argument_comments(program: Program) -> Iterator[str]:
     for spec in program.tensors:
         if _is_loaded(program, spec.name):
             yield f"# {spec.name}: {spec.kind.value} [{', '.join(spec.dims)}]"
+    for topk in program.chosen:
+        yield f"# {topk.name}: the blocks of {topk.block} keys that each query chose, bool [B, H, S_q, blocks]"
     for number in range(len(program.selections)):
         yield f"# selection {number}: key kv is selected for the queries birth <= q < death; [B, H_scores, S] int32"
         if len(selection_arguments(program, number)) > 3:
@@ -163,7 +168,7 @@ def _function(name: str, parameters: str, offset: bool, comment: str, body: list
 
 
 def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
-    emitter = _Emitter("torch.float32", hoisted, program.opaque)
+    emitter = _Emitter("torch.float32", hoisted, program.opaque, offset)
     if isinstance(program.mask, Constant):
         body = "return kv >= 0" if program.mask.value else "return kv < 0"
     else:
@@ -194,7 +199,7 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], na
     if value_gate and total is None:
         return ""
     steps: list[tuple[str, Node]] = []
-    emitter = _Emitter("score.dtype", hoisted, program.opaque)
+    emitter = _Emitter("score.dtype", hoisted, program.opaque, offset)
     body: list[str] = []
     if program.gate_k != one:
         body.append(f"gate = {emitter.emit(program.gate_k)}")
@@ -229,16 +234,34 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], na
 def _value_gate_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
     if program.gate_v == Constant(1.0):
         return ""
-    emitter = _Emitter("torch.float32", hoisted)
+    emitter = _Emitter("torch.float32", hoisted, offset=offset)
     body = [*emitter.gate_lines([program.gate_v]), f"return {emitter.emit(program.gate_v)}"]
     return _function("value_gate", "b, h, q, kv", offset, program_text(program.gate_v), body)
+
+
+def _sink_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
+    """The sink, computed outside FlexAttention from index tensors that broadcast together."""
+    if not program.has_sink:
+        return ""
+    emitter = _Emitter("like.dtype", hoisted)
+    shown = emitter.emit(program.sink)
+    body = f"return torch.full_like(like, {shown})" if is_uniform(program.sink) else f"return {shown}"
+    return _function("sink_logit", "like, b, h, q", offset, program_text(program.sink), [body])
 
 
 class _Emitter:
     """Nodes to Python text over torch. Scalars (sizes and constants) are computed by Python itself."""
 
-    def __init__(self, real_dtype: str, hoisted: dict[Node, str] | None, opaque: tuple[Opaque, ...] = ()) -> None:
+    def __init__(
+        self,
+        real_dtype: str,
+        hoisted: dict[Node, str] | None,
+        opaque: tuple[Opaque, ...] = (),
+        offset: bool = False,
+    ) -> None:
         self.real_dtype = real_dtype
+        # q is a position; what was made for the queries of this call counts them from 0.
+        self.row = "q - q_offset" if offset else "q"
         self.opaque = opaque
         self.hoisted = hoisted
 
@@ -289,6 +312,8 @@ class _Emitter:
             case Selected(n):
                 head = f"b, h // group_{n}, kv"
                 return f"(birth_{n}[{head}] <= q) & (q < death_{n}[{head}])", 4
+            case Chosen(topk):
+                return f"{topk.name}[b, h, {self.row}, kv // {topk.block}]", 10
             case Gate(n):
                 return f"m_{n}", 10
             case Apply(op, args):
@@ -308,7 +333,8 @@ class _Emitter:
             branches = [self._as(node.kind, a) for a in args[1:]]
             if is_uniform(args[1]) and is_uniform(args[2]) and node.kind is Kind.REAL:
                 # Two Python numbers would give torch's default dtype; one full tensor fixes the score's.
-                branches[0] = f"torch.full_like(score, {branches[0]})" if "score" in self.real_dtype else branches[0]
+                owner = self.real_dtype.removesuffix(".dtype")
+                branches[0] = f"torch.full_like({owner}, {branches[0]})" if owner in ("score", "like") else branches[0]
             return f"torch.where({self.emit_mask(args[0])}, {', '.join(branches)})", 10
         if op == "floor":
             return f"torch.floor({self._as(Kind.REAL, args[0])}).to(torch.int64)", 10

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flexsparse.compiler import BoundAttention, CompiledAttention, compile
     from flexsparse.dense import dense_mask, reference
     from flexsparse.errors import BackendNotice, FlexsparseError
-    from flexsparse.language import captured, pattern, per_head, topk
+    from flexsparse.language import block_topk, captured, pattern, per_head, topk
     from flexsparse.parser import parse
     from flexsparse.trace import from_flex
 
@@ -32,6 +32,7 @@ _HOME = {
     "CompiledAttention": "compiler",
     "FlexsparseError": "errors",
     "block_mask": "block_masks",
+    "block_topk": "language",
     "captured": "language",
     "compile": "compiler",
     "dense_mask": "dense",
@@ -50,6 +51,7 @@ __all__ = [
     "CompiledAttention",
     "FlexsparseError",
     "block_mask",
+    "block_topk",
     "captured",
     "compile",
     "dense_mask",

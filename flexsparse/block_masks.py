@@ -17,7 +17,7 @@ from flexsparse.expression import Pattern
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Compiled, classify_tiles, compile_pattern
-from flexsparse.runtime.buffers import make_buffers, refuse_outside
+from flexsparse.runtime.buffers import make_buffers, needs_operands, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured, with_values
 from flexsparse.settings import Settings
 
@@ -39,11 +39,12 @@ def block_mask(
 
     ``kv_len`` defaults to q_len, ``device`` to that of the captured tensors, else the default device. A mask that
     does not depend on batch or head has 1 in their place, which flex_attention broadcasts. Only the mask is used:
-    scores and gates of the pattern are left out (``Pattern.to_flex`` gives those that FlexAttention can express).
+    scores, gates and sink of the pattern are left out (``Pattern.to_flex`` gives those that FlexAttention can express).
     Work and memory grow with the tiles that exist; captured tensors enter through range minima and maxima. Rows
     of a large mask may share the storage of their indices, and its index tensors may be narrower than the number
     of key tiles; ``BlockMask.to_dense`` needs the full width, which masks up to 16 MiB of indices have.
-    Raises ShapeError for lengths below 1 and the errors of a call for captured tensors.
+    Raises ShapeError for lengths below 1, ExpressionError for a selection that depends on query and key, and the
+    errors of a call for captured tensors.
     """
     tiles, functions = _bound(pattern, q_len, kv_len, batch, heads, device, block_size, captured)
     return make_block_mask(tiles, functions["mask_mod"])
@@ -58,7 +59,7 @@ def bind_functions(
     tensors = with_values(expression.node, captured)
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
     shapes = Shapes(1, heads, heads, q_len, kv_len or q_len, 64, 64, torch.float32, device)
-    if compiled.program.selections:
+    if compiled.program.selections or compiled.program.chosen:
         return {}, compiled.program
     specs = {spec.name: spec for spec in compiled.program.tensors}
     batch = next((t.shape[0] for n, t in tensors.items() if n in specs and specs[n].dims[:1] == ("b",)), 1)
@@ -88,6 +89,8 @@ def _bound(
             raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
     settings = Settings(block_size=block_size)
     compiled = compile_pattern(expression.node)
+    if compiled.program.chosen:
+        raise needs_operands(f"block_mask({expression})")
     given = with_values(expression.node, captured)
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     if device is None:

@@ -27,6 +27,7 @@ from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
+from flexsparse.runtime.sink import with_sink
 from flexsparse.settings import Settings
 
 STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "plan")
@@ -160,7 +161,7 @@ class CompiledAttention:
         best; captured tensors as the pattern declares them. ``q_offset`` is the position of query 0.
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
-        key gives out 0, lse -inf and gradients 0.
+        key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
         """
         shapes = shapes_of(query, key, value, q_offset)
@@ -171,7 +172,7 @@ class CompiledAttention:
         factor = check_scale(scale, shapes.head_dim)
         compiled = compile_pattern(self._expression.node, q_offset != 0)
         try:
-            bound = bind_call(compiled, shapes, given, self._settings, validate=validate)
+            bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=validate)
             self._bound = BoundAttention(self, bound.plan)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":
@@ -309,12 +310,19 @@ class CompiledAttention:
         opaque = opaque_functions(self.ir)
         work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque)
         if bound.plan.backend == "chunked":
-            return attend_chunked(work, *operands, tensors)
+            return attend_chunked(replace(work, sink=self.ir.has_sink), *operands, tensors)
         learnable = learnable_names(self.ir)
         deterministic = self._settings.deterministic
         recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in names)
         launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
-        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
+        # FlexAttention knows nothing of the sink, and owes no gradient to what it alone reads.
+        inside = tuple(t.detach() if n in self.ir.sink_only else t for n, t in zip(names, tensors, strict=True))
+        lse_needed = return_lse or self.ir.has_sink
+        out, lse = attend_flex(work, launchers, operands, inside, recomputed, needs_lse=lse_needed)
+        if not self.ir.has_sink:
+            return out, lse
+        assert lse is not None
+        return with_sink(work, tensors, out, lse)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +16,22 @@ from torch import Tensor
 
 from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
-from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Named, Node, Opaque, PerHead, Scored, SelectionNode, Symbol
+from flexsparse.ir.nodes import (
+    Apply,
+    BlockTopK,
+    Constant,
+    Kind,
+    Load,
+    Named,
+    Node,
+    Opaque,
+    PerHead,
+    Scored,
+    SelectionNode,
+    Sunk,
+    Symbol,
+)
+from flexsparse.ir.text import text
 from flexsparse.parser import parse
 
 # The meaning of every operation on tensors, by Python's rules for integers.
@@ -39,13 +54,15 @@ _MEANING: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class _Dense:
-    """A pattern at every (b, h, q, kv): its mask, what it does to a score, and its gates."""
+    """A pattern at every (b, h, q, kv): its mask, what it does to a score, its gates, and its sink."""
 
     mask: Tensor
     score: Callable[[Tensor], Tensor]
     gate_k: Tensor
     gate_v: Tensor
     gate_logit: Tensor
+    # One more logit in the softmax's denominator, [B or 1, H or 1, S_q or 1, 1] or of no dimension.
+    sink: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +122,14 @@ def reference(
     query [B, H, S_q, D], key and value [B, H_kv, S_kv, D]; captured tensors and scores by keyword, shaped as for
     the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32 (float64 for float64) if
     asked for. Differentiable, to any order, in every floating-point input. A row that sees no key gives out 0
-    and lse -inf. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
+    and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     groups = query.shape[1] // key.shape[1]
     wide_query, wide_key, wide_value = query.double(), key.double(), value.double()
     wide_key, wide_value = (x.repeat_interleave(groups, 1) for x in (wide_key, wide_value))
     sizes = _Sizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], q_offset, query.device)
-    dense = _Evaluator(sizes, captured).pattern(expression.node)
+    dense = _Evaluator(sizes, captured, (query, key)).pattern(expression.node)
     scores = wide_query @ wide_key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     # An expression may leave the running score out, and be an integer or one number for all.
     scores = dense.score(scores * dense.gate_k).double().expand_as(scores)
@@ -122,10 +139,12 @@ def reference(
     # Hidden scores never reach the exponential, so they cannot turn into NaN there; an empty row has weight 0.
     visible = torch.where(seen, scores, -torch.inf)
     top = visible.detach().amax(-1, keepdim=True)
+    sink = torch.full_like(top, -torch.inf) if dense.sink is None else dense.sink.to(top).expand_as(top)
+    top = torch.maximum(top, sink.detach())
     top = torch.where(torch.isneginf(top), 0.0, top)
     exponential = torch.where(seen, torch.exp(torch.where(seen, scores - top, 0.0)), 0.0)
-    total = exponential.sum(-1, keepdim=True)
-    empty = ~seen.any(-1, keepdim=True)
+    total = exponential.sum(-1, keepdim=True) + torch.exp(sink - top)
+    empty = ~seen.any(-1, keepdim=True) & torch.isneginf(sink)
     weights = exponential / torch.where(empty, 1.0, total) * dense.gate_v
     out = (weights @ wide_value).to(query.dtype)
     if not return_lse:
@@ -143,19 +162,29 @@ def dense_mask(
     heads: int = 1,
     q_offset: int = 0,
     device: torch.device | str = "cpu",
+    query: Tensor | None = None,
+    key: Tensor | None = None,
     **captured: Tensor,
 ) -> Tensor:
-    """Which keys each query sees, as booleans [B, H, S_q, S_kv]."""
+    """Which keys each query sees, as booleans [B, H, S_q, S_kv].
+
+    A selection that depends on ``query`` [B, H, S_q, D] and ``key`` [B, H_kv, S_kv, D] needs both; other patterns
+    ignore them. Raises CapturedError for a tensor that is missing, these two included.
+    """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     kv_len = q_len if kv_len is None else kv_len
     sizes = _Sizes(batch, heads, q_len, kv_len, q_offset, torch.device(device))
-    return _Evaluator(sizes, captured).pattern(expression.node).mask.expand(batch, heads, q_len, kv_len)
+    operands = None if query is None or key is None else (query, key)
+    return _Evaluator(sizes, captured, operands).pattern(expression.node).mask.expand(batch, heads, q_len, kv_len)
 
 
 class _Evaluator:
-    def __init__(self, sizes: _Sizes, captured: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, sizes: _Sizes, captured: Mapping[str, Tensor], operands: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.sizes = sizes
         self.captured = captured
+        self.operands = operands
         self.one = torch.ones((), dtype=torch.float64, device=sizes.device)
 
     def pattern(self, node: Node) -> _Dense:
@@ -172,7 +201,11 @@ class _Evaluator:
                     base.gate_k,
                     base.gate_v,
                     base.gate_logit,
+                    base.sink,
                 )
+            case Sunk(inner, logit):
+                # Two sinks in one pattern are equal: the language refuses others.
+                return replace(self.pattern(inner), sink=self.number(logit, None, torch.float64))
             case Apply("and" | "or", (left, right)):
                 combine = self.both if node.op == "and" else self.either
                 return combine(self.pattern(left), self.pattern(right))
@@ -187,6 +220,7 @@ class _Evaluator:
             left.gate_k * right.gate_k,
             left.gate_v * right.gate_v,
             left.gate_logit * right.gate_logit,
+            right.sink if left.sink is None else left.sink,
         )
 
     def either(self, left: _Dense, right: _Dense) -> _Dense:
@@ -200,6 +234,7 @@ class _Evaluator:
             larger(left.gate_k, right.gate_k),
             larger(left.gate_v, right.gate_v),
             larger(left.gate_logit, right.gate_logit),
+            right.sink if left.sink is None else left.sink,
         )
 
     def per_head(self, entries: list[_Dense]) -> _Dense:
@@ -211,12 +246,15 @@ class _Evaluator:
                 result = torch.where(chosen == position, value, result)
             return result
 
+        nothing = torch.tensor(-torch.inf, dtype=torch.float64, device=self.sizes.device)
+        sinks = [nothing if e.sink is None else e.sink.to(nothing) for e in entries]
         return _Dense(
             pick([e.mask for e in entries]),
             lambda s: pick([e.score(s) for e in entries]),
             pick([e.gate_k for e in entries]),
             pick([e.gate_v for e in entries]),
             pick([e.gate_logit for e in entries]),
+            pick(sinks) if any(e.sink is not None for e in entries) else None,
         )
 
     def mask(self, node: Node) -> Tensor:
@@ -258,6 +296,8 @@ class _Evaluator:
                 at = tuple(p.clamp(max=n - 1) if n == 1 else p for p, n in zip(parts, tensor.shape, strict=True))
                 loaded = tensor[at]
                 return loaded.to(dtype) if spec.kind is Kind.REAL else loaded
+            case BlockTopK():
+                return self.blocks(node)
             case PerHead(entries):
                 chosen = self.sizes.grid("h") * len(entries) // self.sizes.heads
                 values = [self.number(e, running, dtype) for e in entries]
@@ -282,6 +322,29 @@ class _Evaluator:
             raise CapturedError(name, got="nothing", expected="a tensor", mend=f"Pass {name}=... to the call.")
         return self.captured[name]
 
+    def blocks(self, node: BlockTopK) -> Tensor:
+        """Every pair by counting, for each past block, the past blocks that come before it."""
+        if self.operands is None:
+            raise CapturedError(
+                "query, key",
+                got="nothing",
+                expected=f"both, as the blocks of {text(node)} depend on them",
+                mend="Pass query=... and key=... as well.",
+            )
+        query, key = (x.detach().double() for x in self.operands)
+        key = key.repeat_interleave(self.sizes.heads // key.shape[1], 1)
+        q, kv = self.sizes.grid("q"), self.sizes.grid("kv")
+        scores = [_block_scores(node.score, query, keys) for keys in key.split(node.block, 2)]
+        own = (q // node.block).squeeze(-1)
+        chosen = []
+        for n, mine in enumerate(scores):
+            before = torch.zeros_like(mine, dtype=torch.long)
+            for m, other in enumerate(scores):
+                wins = (other > mine) | (other == mine) if m < n else other > mine
+                before += wins & (m < own)
+            chosen.append((own == n) | ((n < own) & (before < node.k)))
+        return torch.stack(chosen, -1)[..., kv.flatten() // node.block] & (kv <= q)
+
     def selection(self, node: SelectionNode) -> _Dense:
         scores = self.tensor(node.scores).double()
         scores = scores.repeat_interleave(self.sizes.heads // scores.shape[1], 1)
@@ -301,6 +364,14 @@ class _Evaluator:
         on_k = m if node.gate in ("kv", "k", "ste") else self.one
         on_v = m if node.gate in ("kv", "v", "ste") else self.one
         return _Dense(chosen, lambda s: s, on_k, on_v, m if node.gate == "logit" else self.one)
+
+
+def _block_scores(score: str, query: Tensor, keys: Tensor) -> Tensor:
+    """How a block of keys [B, H, n, D] scores for each query [B, H, S_q, D]: [B, H, S_q]."""
+    if score == "mean":
+        return (query * keys.mean(2, keepdim=True)).sum(-1)
+    ends = (query * keys.amin(2, keepdim=True), query * keys.amax(2, keepdim=True))
+    return torch.maximum(*ends).sum(-1)
 
 
 def _sorted_gates(z: Tensor, k: int) -> Tensor:

@@ -65,7 +65,7 @@ class Explanation:
             state = "can run" if candidate.verdict.holds else "cannot run"
             lines.append(f"        {mark} {candidate.backend:<11} {state}: {candidate.verdict.reason}")
         if tiles is None:
-            lines.append("tiles     known at the call, from captured tensors and scores")
+            lines.append("tiles     known at the call, from its tensors")
         else:
             lines.append(
                 f"tiles     {tiles.total:,} of {tiles.block} x {tiles.block}: {tiles.full:,} full, "

@@ -6,7 +6,20 @@ import math
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from flexsparse.errors import ExpressionError, TruthValueError
-from flexsparse.ir.nodes import Apply, Constant, Kind, Node, Scored, SelectionNode, Symbol, is_plain, mentions
+from flexsparse.ir.nodes import (
+    Apply,
+    Constant,
+    Kind,
+    Node,
+    Scored,
+    SelectionNode,
+    Sunk,
+    Symbol,
+    depends_on,
+    is_plain,
+    mentions,
+)
+from flexsparse.ir.sinks import sink_of
 from flexsparse.ir.text import kind_text, text
 
 
@@ -129,7 +142,8 @@ class Pattern(Expression):
     ``a & b`` allows what both allow, applies both score expressions (left, then right) and multiplies
     the gates. ``a | b`` allows what either allows, each key once: a key of both takes the left branch's
     score and the larger gate. ``p + e`` adds e to the scores of p; ``p.score(expr)`` replaces them by an
-    expression in ``score``. ``~`` and ``^`` are for plain masks.
+    expression in ``score``; ``p.sink(expr)`` adds a term to the softmax's denominator. ``~`` and ``^`` are for
+    plain masks.
     """
 
     __slots__ = ()
@@ -177,6 +191,28 @@ class Pattern(Expression):
     def score(self, expression: Value | int | float) -> Pattern:
         """The pattern with its running score replaced by ``expression``, in which it appears as ``score``."""
         return pattern_of(Scored(self._node, lift(expression, "the score expression", Kind.REAL)))
+
+    def sink(self, logit: Value | int | float) -> Pattern:
+        """The pattern with a sink: exp(logit) joins the softmax's denominator, without a key and without a value.
+
+        ``logit`` is a number or an expression in b, h, q, sizes and captured tensors, such as
+        ``captured("sink_logits", dims=("h",), learnable=True)[h]``; 0 gives exp(s) / (1 + sum of exp(s)). lse
+        includes it, score expressions do not act on it, and a row that sees no key gives out 0 and lse ``logit``.
+        ``a & b`` and ``a | b`` have the sink of the one that has it.
+        Raises ExpressionError for a logit that depends on kv or ``score``, for +inf, and for a second, different sink.
+        """
+        node = lift(logit, "the logit of a sink", Kind.REAL)
+        wrong = next((name for name in ("kv", "score") if depends_on(node, name)), None)
+        if wrong is not None or node == Constant(float("inf")):
+            raise ExpressionError(
+                f"sink({text(node)})",
+                got="+inf" if wrong is None else f"a logit that depends on {wrong}",
+                expected="a number for each (b, h, q), below infinity: a sink has no key",
+                mend="Use a number, or a tensor indexed by b, h or q, such as sink_logits[h].",
+            )
+        sunk = Sunk(self._node, node)
+        sink_of(sunk)
+        return pattern_of(sunk)
 
     def to_flex(self, **options: Any) -> tuple[Any, Any]:
         """(mask_mod, score_mod) for plain flex_attention; options as in ``flexsparse.trace.to_flex``."""
@@ -280,17 +316,23 @@ def _compare(op: str, left: Value, right: object) -> Mask:
 
 def _combine(op: str, left: object, right: object) -> Pattern:
     args = tuple(lift(x, f"operand of {'&' if op == 'and' else '|'}", Kind.BOOL) for x in (left, right))
-    return pattern_of(Apply(op, args))
+    joined = pattern_of(Apply(op, args))
+    if not isinstance(joined, Mask):
+        # Two sinks that differ are refused where they meet, not when the whole is compiled.
+        sink_of(joined.node)
+    return joined
 
 
 def plain(operator: str, value: object) -> Pattern:
     node = lift(value, f"operand of {operator}", Kind.BOOL)
     if not is_plain(node):
-        raise ExpressionError(
-            f"{operator} of {text(node)}",
-            got="a pattern with a selection or a score of its own",
-            expected="a plain mask",
-            mend=f"A selection carries gates and gradients, which {operator} would lose; apply {operator} to masks, "
-            "and combine selections with & and |.",
+        got = "a pattern with a selection or a score of its own"
+        mend = (
+            f"A selection carries gates and gradients, which {operator} would lose; apply {operator} to masks, "
+            "and combine selections with & and |."
         )
+        if sink_of(node) is not None:
+            got = "a pattern with a sink"
+            mend = f"A sink belongs to the whole softmax: apply {operator} to the mask, and .sink(...) to the result."
+        raise ExpressionError(f"{operator} of {text(node)}", got=got, expected="a plain mask", mend=mend)
     return pattern_of(node)

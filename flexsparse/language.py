@@ -31,7 +31,20 @@ from flexsparse.expression import (
     value_of,
     wrap,
 )
-from flexsparse.ir.nodes import GATES, SYMBOLS, TRUE, Apply, Kind, Load, PerHead, SelectionNode, Symbol, TensorSpec
+from flexsparse.ir.nodes import (
+    BLOCK_SCORES,
+    GATES,
+    SYMBOLS,
+    TRUE,
+    Apply,
+    BlockTopK,
+    Kind,
+    Load,
+    PerHead,
+    SelectionNode,
+    Symbol,
+    TensorSpec,
+)
 
 __all__ = [
     "Captured",
@@ -44,6 +57,7 @@ __all__ = [
     "Value",
     "at_least",
     "b",
+    "block_topk",
     "captured",
     "cos",
     "everything",
@@ -118,13 +132,13 @@ class Captured:
         return f"captured({self.spec.name!r}, dims={self.spec.dims!r}{extra})"
 
 
-_DERIVED = re.compile(r"(birth|death|group|u|tau|least|table|m|c|selected)_\d+(_fixed)?")
+_DERIVED = re.compile(r"(birth|death|group|u|tau|least|table|m|c|selected)_\d+(_fixed)?|chosen_(mean|bounds)_\d+_\d+")
 # Symbols, arguments of the call, and what generated functions call their own.
 RESERVED = {
     *SYMBOLS,
     *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
     *("torch", "math", "build", "mask_mod", "score_mod", "kept_score_mod", "lost_score_mod", "value_gate"),
-    *("gate_total", "gate", "least", "lost", "some", "x"),
+    *("gate_total", "gate", "least", "lost", "some", "x", "sink_logit", "like"),
 }
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 
@@ -305,3 +319,22 @@ def topk(
                 f"topk({name})", got=repr(tensor), expected="the keyword under which the tensor is given at the call"
             )
     return Selection(SelectionNode(k, after, scores, segments, gate))
+
+
+def block_topk(k: int, *, block: int, score: str = "mean") -> Mask:
+    """The keys up to the query in its own block of ``block`` keys, and the k past blocks that score highest for it.
+
+    The blocks are chosen at each call, for every query and query head, from query and key; ties go to the earlier
+    block. ``score`` ranks past blocks by the product of the query with the mean of the block's keys ("mean"), or by the
+    largest product that the elementwise minimum and maximum of its keys allow ("bounds"); both are taken before
+    ``scale`` and before score expressions. A plain mask: ``~``, ``&`` and ``|`` apply, and no gradient flows
+    through the choice. As it depends on the query, it never carries an eviction certificate.
+    Raises PatternArgumentError for k < 1, block < 1 or an unknown score.
+    """
+    for name, number in (("k", k), ("block", block)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise PatternArgumentError(f"block_topk({name})", got=repr(number), expected="an integer of at least 1")
+    if score not in BLOCK_SCORES:
+        known = ", ".join(map(repr, BLOCK_SCORES))
+        raise PatternArgumentError("block_topk(score)", got=repr(score), expected=f"one of {known}")
+    return Mask(BlockTopK(k, block, score))

@@ -35,7 +35,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 _SYMBOLS = ("b", "h", "q", "kv", "q_len", "kv_len", "heads", "score")
 _FUNCTIONS = (
     *("where", "minimum", "maximum", "exp", "exp2", "log", "log2", "sqrt", "tanh", "cos", "sigmoid", "floor"),
-    *("truncdiv", "truncmod", "per_head", "topk", "captured"),
+    *("truncdiv", "truncmod", "per_head", "topk", "block_topk", "captured"),
 )
 
 
@@ -140,12 +140,14 @@ class _Reader:
         return self._apply(node, self._function(func), *positional, **named)
 
     def _function(self, func: ast.expr) -> Callable[..., Any]:
-        if isinstance(func, ast.Attribute) and func.attr == "score":
+        if isinstance(func, ast.Attribute) and func.attr in ("score", "sink"):
             base = self.read(func.value)
             if isinstance(base, Pattern):
-                return base.score
+                return base.score if func.attr == "score" else base.sink
         if not isinstance(func, ast.Name):
-            raise self._error(func, ast.unparse(func), "the name of a pattern or function, or pattern.score")
+            raise self._error(
+                func, ast.unparse(func), "the name of a pattern or function, pattern.score or pattern.sink"
+            )
         if func.id in self.patterns:
             return self.patterns[func.id]
         if func.id == "abs":

@@ -14,7 +14,7 @@ from flexsparse.analysis.tiles import Tiles, classify
 from flexsparse.codegen.flex import Generated, generate
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import Load, Node, Opaque, walk
-from flexsparse.ir.program import Program, Selected
+from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
 from flexsparse.plan import Plan, make_plan
@@ -50,12 +50,21 @@ def compile_pattern(pattern: Node, offset: bool = False) -> Compiled:
 
 
 def bind_call(
-    compiled: Compiled, shapes: Shapes, given: Mapping[str, Tensor], settings: Settings, *, validate: bool
+    compiled: Compiled,
+    shapes: Shapes,
+    given: Mapping[str, Tensor],
+    settings: Settings,
+    *,
+    operands: tuple[Tensor, Tensor] | None = None,
+    validate: bool,
 ) -> Bound:
-    """Check what was given, derive what the functions read, classify the tiles, choose a backend."""
+    """Check what was given, derive what the functions read, classify the tiles, choose a backend.
+
+    ``operands`` are query and key, for selections that depend on them.
+    """
     program = compiled.program
     captured = check_captured(program, shapes, given, validate=validate)
-    buffers = make_buffers(program, shapes, captured)
+    buffers = make_buffers(program, shapes, captured, operands)
     if validate:
         refuse_outside(program, shapes, buffers)
     tiles = classify_tiles(program, shapes, settings, buffers)
@@ -74,13 +83,13 @@ def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
 
 
 def classify_tiles(program: Program, shapes: Shapes, settings: Settings, buffers: Mapping[str, Any]) -> Tiles:
-    """The class of every tile; kept for the next call unless it depends on scores or on an untraced function."""
+    """The class of every tile; kept for the next call unless scores, query, key or an untraced function decide it."""
     mask, sizes, block = program.mask, shapes.sizes, settings.block_size
 
     def make() -> Tiles:
         return classify(mask, sizes, buffers, block=block, device=shapes.device)
 
-    if any(isinstance(n, Selected | Opaque) for n in walk(mask)):
+    if any(isinstance(n, Selected | Chosen | Opaque) for n in walk(mask)):
         return make()
     names = {n.tensor.name for n in walk(mask) if isinstance(n, Load)}
     # Tables are made anew at each call; their numbers are part of the key.
@@ -98,4 +107,4 @@ def forget_tiles() -> None:
 
 def reads_tensors(mask: Node) -> bool:
     """Whether the mask depends on anything that is given at the call, or on a table of ``per_head`` numbers."""
-    return any(isinstance(n, Load | Selected | Opaque) for n in walk(mask))
+    return any(isinstance(n, Load | Selected | Chosen | Opaque) for n in walk(mask))

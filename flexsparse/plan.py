@@ -124,6 +124,11 @@ def _flex(program: Program, shapes: Shapes) -> Verdict:
             return Verdict(False, "FlexAttention has no gradients on CPU.")
         if program.gate_v != Constant(1.0):
             return Verdict(False, "A gate on V needs the LSE, which compiled CPU FlexAttention does not give.")
+        if program.chosen:
+            # Its C++ writes one size where another is meant once a captured tensor has a dynamic size of its own.
+            return Verdict(False, "Compiled CPU FlexAttention cannot build the look-up of chosen blocks.")
+        if program.has_sink:
+            return Verdict(False, "A sink needs the LSE, which compiled CPU FlexAttention does not give.")
     if not _torch.ANY_HEAD_DIM and shapes.head_dim & (shapes.head_dim - 1):
         return Verdict(False, f"torch {_torch.VERSION} takes power-of-two head_dim only, not {shapes.head_dim}.")
     if device == "cuda" and min(shapes.head_dim, shapes.value_dim) < 16:
@@ -166,10 +171,16 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
         notes.append("CPU: FlexAttention cannot train here, so the exact chunked path runs.")
     if gated and chosen.startswith("flex"):
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
+    if program.has_sink and chosen.startswith("flex"):
+        notes.append(
+            "The sink joins the softmax after the attention: out * sigmoid(lse - sink), lse logaddexp(lse, sink); its "
+            "gradient is a plain sum, bit-identical between runs."
+        )
     if chosen == "flex" and shapes.needs_grad:
-        if learnable_names(program) and settings.deterministic is not False:
+        recomputed = [name for name in learnable_names(program) if name not in program.sink_only]
+        if recomputed and settings.deterministic is not False:
             notes.append(
-                f"Gradients of {', '.join(learnable_names(program))}: recomputed without atomics, bit-identical "
+                f"Gradients of {', '.join(recomputed)}: recomputed without atomics, bit-identical "
                 "between runs; deterministic=False is faster."
             )
         if _gates(program) and settings.deterministic is not True:
@@ -181,6 +192,15 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
         )
     if program.selections:
         notes.append("Tiles depend on the scores: they are classified at each call.")
+    if program.chosen:
+        notes.append(
+            "Blocks are chosen from query and key at each call, without a gradient of the choice, and their tiles are "
+            "classified then."
+        )
+        notes.append(
+            "A selection that depends on the query carries no eviction certificate: any key may be chosen again, so "
+            "generation must keep them all."
+        )
     if not depends_on(program.mask, "b") and not depends_on(program.mask, "h"):
         notes.append("The mask does not depend on batch or head: one block mask serves all.")
     return tuple(notes)

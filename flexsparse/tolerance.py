@@ -196,16 +196,19 @@ def plain(
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     sizes = _Sizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], 0, query.device)
-    dense = _Evaluator(sizes, captured).pattern(pattern.node)
+    dense = _Evaluator(sizes, captured, (query, key)).pattern(pattern.node)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-1, -2) * factor * dense.gate_k.to(dtype)
     scores = dense.score(scores.double()).to(dtype).expand_as(scores)
     hidden = ~dense.mask.expand_as(scores)
-    empty = hidden.all(-1, keepdim=True)
+    sink = None if dense.sink is None else dense.sink.to(dtype).expand_as(scores[..., :1])
+    empty = hidden.all(-1, keepdim=True) if sink is None else hidden.all(-1, keepdim=True) & torch.isneginf(sink)
     scores = scores + torch.where(hidden, 1.0, dense.gate_logit).log().to(dtype)
     # A softmax over nothing is NaN, and so is its gradient: empty rows go through as zeros and are put out after.
     scores = scores.masked_fill(hidden, -torch.inf).masked_fill(empty, 0.0)
-    lse = torch.logsumexp(scores, -1, keepdim=True)
-    weights = torch.exp(scores - lse.detach()) if held else torch.softmax(scores, -1)
-    weights = weights.masked_fill(hidden, 0.0) * dense.gate_v.to(dtype)
+    # A sink is one more column of the softmax, which no value belongs to.
+    columns = scores if sink is None else torch.cat((scores, sink), -1)
+    lse = torch.logsumexp(columns, -1, keepdim=True)
+    weights = torch.exp(columns - lse.detach()) if held else torch.softmax(columns, -1)
+    weights = weights[..., : scores.shape[-1]].masked_fill(hidden, 0.0) * dense.gate_v.to(dtype)
     return weights @ value, lse.masked_fill(empty, -torch.inf).squeeze(-1)

@@ -350,7 +350,7 @@ def to_flex(
     """mask_mod and score_mod of a pattern, for plain flex_attention; score_mod is None where scores are untouched.
 
     ``heads``, ``q_len`` and ``kv_len`` matter only to patterns that mention them (alibi, per_head); captured tensors
-    are bound by keyword. Raises ExpressionError for a gate on V, which a score_mod cannot express, and for
+    are bound by keyword. Raises ExpressionError for a gate on V or a sink, which a score_mod cannot express, and for
     selections, whose functions need their scores: compile those.
     """
     from flexsparse.block_masks import bind_functions
@@ -362,5 +362,19 @@ def to_flex(
             got="a pattern with a selection",
             expected="masks and scores alone",
             mend="Use flexsparse.compile, which computes the selection at each call.",
+        )
+    if program.chosen:
+        raise ExpressionError(
+            f"to_flex({pattern})",
+            got="a selection that depends on query and key",
+            expected="functions of indices and of tensors that are known",
+            mend="Use flexsparse.compile, which chooses the blocks at each call.",
+        )
+    if program.has_sink:
+        raise ExpressionError(
+            f"to_flex({pattern})",
+            got="a pattern with a sink",
+            expected="masks and scores alone: FlexAttention's functions give every term of the softmax a key",
+            mend="Use flexsparse.compile, or apply out * sigmoid(lse - sink) to what flex_attention returns.",
         )
     return functions["mask_mod"], functions["score_mod"]

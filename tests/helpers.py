@@ -32,7 +32,7 @@ def torchs_own_warnings(test: Any) -> Any:
     return test
 
 
-DIFFERENTIABLE = ("scores", "u", "other", "bias", "rates", "slope")
+DIFFERENTIABLE = ("scores", "u", "other", "bias", "rates", "slope", "sink_logits")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def make_captured(
         "cu_seqlens": lambda: torch.tensor(sorted({0, size // 3, size // 2, size})),
         "bias": lambda: torch.randn(heads, 33, generator=generator, dtype=torch.float64),
         "slope": lambda: torch.rand(heads, generator=generator, dtype=torch.float64),
+        "sink_logits": lambda: torch.randn(heads, generator=generator, dtype=torch.float64),
         "parents": lambda: torch.tensor([n - 1 - n % 3 if n else -1 for n in range(size)]).clamp(min=-1),
         "in_prefix": lambda: torch.rand(batch, size, generator=generator) < 0.3,
         "image": lambda: ids(batch, size) % 3 - 1,
@@ -209,7 +210,11 @@ def plain_shapes(
 
 
 def bound_and_functions(
-    pattern: Pattern, shapes: Shapes, captured: Mapping[str, Tensor], block: int = 16
+    pattern: Pattern,
+    shapes: Shapes,
+    captured: Mapping[str, Tensor],
+    block: int = 16,
+    operands: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Bound, dict[str, Any]]:
     """The bound call and the generated functions, as every backend gets them."""
     compiled = compile_pattern(pattern.node, shapes.q_offset != 0)
@@ -217,7 +222,7 @@ def bound_and_functions(
     # Simplification may drop a tensor that a generated pattern mentions.
     needed = {spec.name for spec in compiled.program.tensors} | {s.scores for s in compiled.program.selections}
     detached = {name: tensor.detach() for name, tensor in captured.items() if name in needed}
-    bound = bind_call(compiled, shapes, detached, settings, validate=True)
+    bound = bind_call(compiled, shapes, detached, settings, operands=operands, validate=True)
     values = {name: bound.buffers[name] for name in compiled.generated.arguments}
     return bound, compiled.generated.build(**values)
 

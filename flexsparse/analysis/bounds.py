@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Node, Opaque, Symbol
-from flexsparse.ir.program import Selected
+from flexsparse.ir.program import Chosen, Selected
 
 _FAR = 1 << 40  # stands for an unbounded integer; products of two still fit int64 after clamping
 
@@ -57,6 +57,8 @@ def bounds(node: Node, region: Region) -> Bounds:
             return _opaque(function, kind, [bounds(a, region) for a in args], region)
         case Selected(number):
             return _selected(number, region)
+        case Chosen(topk):
+            return _chosen(region.tensors.get(f"{topk.name}_counts"), region)
         case Apply(op, args):
             parts = [bounds(a, region) for a in args]
             if node.kind is Kind.REAL or any(a.kind is Kind.REAL for a in args):
@@ -95,6 +97,15 @@ def _selected(number: int, region: Region) -> Bounds:
     death = load_bounds(region.tensors[f"death_{number}"], index, Kind.INT)
     q = region.ranges["q"]
     return _and(_less_equal(birth, q), _less(q, death))
+
+
+def _chosen(counts: Any, region: Region) -> Bounds:
+    """Of blocks that queries chose, from what is known of their tiles; anything without that."""
+    b, h, q, kv = (region.ranges[name] for name in ("b", "h", "q", "kv"))
+    if counts is None or not (torch.equal(b.low, b.high) and torch.equal(h.low, h.high)):
+        false = torch.zeros((), dtype=torch.bool, device=region.device)
+        return Bounds(false, ~false)
+    return Bounds(*counts.bounds(b.low, h.low, (q.low, q.high), (kv.low, kv.high)))
 
 
 def load_bounds(tensor: Tensor, index: list[Bounds], kind: Kind) -> Bounds:

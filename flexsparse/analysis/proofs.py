@@ -21,7 +21,7 @@ from flexsparse.ir import nodes
 from flexsparse.ir.canonical import canonical
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import FALSE, INDEX_SYMBOLS, SIZE_SYMBOLS, Apply, Load, Node, Opaque, Symbol, walk
-from flexsparse.ir.program import Program, Selected
+from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.parser import parse
 from flexsparse.verdict import Verdict
 
@@ -35,7 +35,7 @@ _SMALL = (1, 2, 7, 40)
 def simplify(pattern: E) -> E:
     """The canonical form: comparisons as sums against a constant, what is redundant removed.
 
-    Selections and scores stay as they are; the mask inside them is simplified.
+    Selections, scores and sinks stay as they are; the masks inside them are simplified.
     """
     return wrap(canonical(pattern.node))  # type: ignore[return-value]
 
@@ -51,8 +51,15 @@ def implies(a: Pattern | str, b: Pattern | str) -> Verdict:
 
 
 def equivalent(a: Pattern | str, b: Pattern | str) -> Verdict:
-    """Whether the masks of ``a`` and ``b`` are equal at every size and for all tensors. Scores are not compared."""
-    return _answer(_program(a), _program(b), lambda x, y: Apply("xor", (x, y)), "the two differ at {at}")
+    """Whether the masks of ``a`` and ``b`` are equal at every size and for all tensors.
+
+    Scores, gates and sinks are not compared; where the sinks differ, the reason says so.
+    """
+    first, second = _program(a), _program(b)
+    verdict = _answer(first, second, lambda x, y: Apply("xor", (x, y)), "the two differ at {at}")
+    if verdict.holds and canonical(first.sink) != canonical(second.sink):
+        return Verdict(True, f"{verdict.reason}; this is of the masks, the sinks differ")
+    return verdict
 
 
 def is_causal(pattern: Pattern | str) -> Verdict:
@@ -111,7 +118,7 @@ def _answer(a: Program, b: Program, wrong: Callable[[Node, Node], Node], verb: s
     bad = canonical(wrong(a.mask, right))
     if bad == FALSE or canonical(a.mask) == canonical(right):
         return Verdict(True, "the canonical forms agree")
-    free = not any(isinstance(n, Load | Selected | Opaque) for n in walk(bad))
+    free = not any(isinstance(n, Load | Selected | Chosen | Opaque) for n in walk(bad))
     if free:
         example = _search(bad)
         if example is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexsparse.ir.nodes import COMPARISONS, INDEX_SYMBOLS, Apply, Constant, Kind, Load, Node, Opaque, Symbol
-from flexsparse.ir.program import Gate, Selected
+from flexsparse.ir.nodes import COMPARISONS, INDEX_SYMBOLS, Apply, BlockTopK, Constant, Kind, Load, Node, Opaque, Symbol
+from flexsparse.ir.program import Chosen, Gate, Selected
 
 
 class UnsupportedError(Exception):
@@ -70,6 +70,8 @@ class Encoder:
                 self.facts.append(self.z3.Implies(chosen, candidate))
                 self.chosen.append(chosen)
                 return chosen
+            case Chosen(topk):
+                return self._chosen(topk)
             case Opaque(function, kind, _):
                 self.faithful = False
                 return self.unknown(("opaque", function), kind, *self.indices())
@@ -78,6 +80,16 @@ class Encoder:
             case Apply(op, args):
                 return self._apply(op, node, [self.encode(a, selections) for a in args])
         raise UnsupportedError(f"{type(node).__name__} has no translation")
+
+    def _chosen(self, topk: BlockTopK) -> Any:
+        """Some blocks for each query: its own always, and what else it is z3 does not know."""
+        b, h, q, kv = self.indices()
+        own = q / topk.block
+        block = kv / topk.block
+        chosen = self.unknown(("chosen", topk), Kind.BOOL, b, h, q, block)
+        self.facts += [self.z3.Implies(block == own, chosen), self.z3.Implies(block > own, self.z3.Not(chosen))]
+        self.faithful = False
+        return chosen
 
     def _constant(self, kind: Kind, value: Any) -> Any:
         if kind is Kind.BOOL:

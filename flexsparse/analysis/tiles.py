@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.bands import rows
+from flexsparse.analysis.blocks import block_counts
 from flexsparse.analysis.bounds import Bounds, Region, bounds
 from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, decide
 from flexsparse.analysis.intervals import Intervals, normal
 from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
 from flexsparse.ir import nodes
 from flexsparse.ir.nodes import Load, Node, walk
-from flexsparse.ir.program import Selected
+from flexsparse.ir.program import Chosen, Selected
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors", "region_of"]
 
@@ -101,7 +102,8 @@ def classify(
     """The class of every tile of a flattened mask.
 
     ``tensors`` holds the captured tensors, tables and, for selections, ``birth_n``, ``death_n`` and ``group_n``
-    by name. A mask that does not depend on the row (or the head) is classified for one.
+    by name, and the blocks that queries chose. A mask that does not depend on the row (or the head) is classified
+    for one.
     """
     device = torch.device(device)
     count = (
@@ -109,7 +111,10 @@ def classify(
         sizes.heads if depends_on(mask, "h") else 1,
         -(-sizes.q_len // block),
     )
-    region = region_of(sizes, tensors or {}, count, block, device)
+    known = dict(tensors or {})
+    for topk in {n.topk for n in walk(mask) if isinstance(n, Chosen)}:
+        known[f"{topk.name}_counts"] = block_counts(known[topk.name], block, sizes.q_offset, topk.block)
+    region = region_of(sizes, known, count, block, device)
     found = rows(mask, region)
     may, must = (_expanded(x, count) for x in (found.may, found.must))
     touched = _touched(may, sizes.kv_len, block)
@@ -119,7 +124,7 @@ def classify(
     if not len(open_tiles.column):
         return Tiles(open_spans, Spans(full), block, sizes)
     # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
-    exact = not any(isinstance(n, Selected) for n in walk(mask))
+    exact = not any(isinstance(n, Selected | Chosen) for n in walk(mask))
     kind, undecided = decide(mask, _boxes(open_tiles, sizes, block), region, exact=exact)
     ragged = _ragged(open_tiles, sizes, block)
     kind = torch.where(ragged & (kind == FULL), PARTIAL, kind)

@@ -147,7 +147,7 @@ def _print_rest(cases: list[Case], render: Any, console: Any) -> None:
         runs += ", which the plan does not promise; --deterministic does"
     rows = sum(case.empty_rows for case in cases)
     wrong = sorted({name for case in cases for name in case.empty_wrong})
-    empty = "out 0, lse -inf, gradient 0" if not wrong else f"not 0 in {', '.join(wrong)}"
+    empty = "out 0, gradient 0" if not wrong else f"not 0 in {', '.join(wrong)}"
     console.print(
         render.facts(("repeated", runs), ("empty", f"{rows} rows see no key" + (f": {empty}" if rows else "")))
     )

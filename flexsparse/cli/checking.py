@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flexsparse.compiler import CompiledAttention
+from flexsparse.dense import dense_mask
+from flexsparse.expression import Pattern
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.tolerance import Call, Comparison, evaluate, judge
 
@@ -54,7 +56,7 @@ def run_case(attention: CompiledAttention, call: Call, *, deterministic: bool | 
     """Run a call twice and judge it. Raises what the call raises."""
     first, second = evaluate(attention, call), evaluate(attention, call)
     changed = tuple(name for name in first if not _same_bits(first[name], second[name]))
-    count, wrong = _empty_rows(first, call)
+    count, wrong = _empty_rows(first, ~_seen(attention.pattern, call).any(-1))
     plan = attention.plan
     return Case(
         dtype=call.query.dtype,
@@ -84,9 +86,16 @@ def _excused(attention: CompiledAttention, shapes: Shapes, deterministic: bool |
     return tuple(f"d {s.scores}" for s in attention.ir.selections)
 
 
-def _empty_rows(found: Mapping[str, Tensor], call: Call) -> tuple[int, tuple[str, ...]]:
-    """How many rows see no key, and which results are wrong there: out and gradient 0, lse -inf."""
-    empty = torch.isneginf(found["lse"])
+def _seen(pattern: Pattern, call: Call) -> Tensor:
+    """The oracle's mask, [B, H, S_q, S_kv]: with a sink, lse does not tell which rows see no key."""
+    (batch, heads, q_len, _), kv_len = call.query.shape, call.key.shape[2]
+    sizes = {"batch": batch, "heads": heads, "device": call.query.device}
+    operands = {"query": call.query, "key": call.key}
+    return dense_mask(pattern, q_len, kv_len, **sizes, **operands, **call.captured)  # type: ignore[arg-type]
+
+
+def _empty_rows(found: Mapping[str, Tensor], empty: Tensor) -> tuple[int, tuple[str, ...]]:
+    """How many rows see no key, and which results are wrong there: out and gradient are 0; lse is compared anyway."""
     rows = {"out": found["out"][empty], "d query": found["d query"][empty]}
     wrong = tuple(name for name, x in rows.items() if bool((x != 0).any()))
     return int(empty.sum()), wrong

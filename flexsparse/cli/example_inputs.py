@@ -62,6 +62,8 @@ def describe(program: Program, captured: Mapping[str, Tensor], seed: int) -> lis
         else:
             what = "random values"
         lines.append(f"{name}: example data, {what}, shape {list(tensor.shape)}, seed {seed}")
+    if program.chosen:
+        lines.append(f"query, key: example data, normal random values, from which blocks are chosen, seed {seed}")
     return lines
 
 
@@ -84,6 +86,14 @@ def example_call(attention: CompiledAttention, shapes: Shapes, seed: int) -> Cal
         grad_out=normal(*queries, shapes.value_dim),
         grad_lse=normal(*queries),
     ).cast(shapes.dtype)
+
+
+def example_operands(shapes: Shapes, seed: int) -> tuple[Tensor, Tensor]:
+    """Normal random query [B, H, S_q, D] and key [B, H_kv, S_kv, D], for patterns whose mask depends on them."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    query = torch.randn(shapes.batch, shapes.heads, shapes.q_len, shapes.head_dim, generator=generator)
+    key = torch.randn(shapes.batch, shapes.kv_heads, shapes.kv_len, shapes.head_dim, generator=generator)
+    return query.to(shapes.device), key.to(shapes.device)
 
 
 def learned_names(program: Program) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def _example_tiles(bound: BoundAttention, seed: int) -> TileCounts | None:
     if shapes.q_len * shapes.kv_len > _LONGEST**2:
         return None
     attention = bound.attention
-    return count_tiles(drawable(attention, shapes, example_captured(attention.ir, shapes, seed)).bound.tiles)
+    return count_tiles(drawable(attention, shapes, example_captured(attention.ir, shapes, seed), seed=seed).bound.tiles)
 
 
 def _tiles_text(bound: BoundAttention, tiles: TileCounts | None, seed: int) -> str:

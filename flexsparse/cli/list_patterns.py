@@ -109,7 +109,7 @@ def _drawable(pattern: Pattern, seed: int) -> Drawable:
 
     attention = flexsparse.compile(pattern, backend="chunked")
     shapes = square_shapes(_LENGTH, fitting_heads(pattern.node, 4))
-    return drawable(attention, shapes, example_captured(attention.ir, shapes, seed))
+    return drawable(attention, shapes, example_captured(attention.ir, shapes, seed), seed=seed)
 
 
 def _scores(drawn: Drawable, *, by_distance: bool) -> list[float]:

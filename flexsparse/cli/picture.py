@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL
+from flexsparse.cli.example_inputs import example_operands
 from flexsparse.compiler import CompiledAttention
 from flexsparse.pipeline import Bound, bind_call, compile_pattern
 from flexsparse.runtime.inputs import Shapes
@@ -94,11 +95,16 @@ class Drawable:
 
 
 def drawable(
-    attention: CompiledAttention, shapes: Shapes, captured: Mapping[str, Tensor], block: int = 128
+    attention: CompiledAttention, shapes: Shapes, captured: Mapping[str, Tensor], block: int = 128, seed: int = 0
 ) -> Drawable:
-    """Bind a pattern for looking at it, on the device of ``shapes``. Raises what a call with these tensors would."""
+    """Bind a pattern for looking at it, on the device of ``shapes``. Raises what a call with these tensors would.
+
+    A mask that depends on query and key is drawn for random ones, made from ``seed``.
+    """
     compiled = compile_pattern(attention.pattern.node)
-    bound = bind_call(compiled, shapes, captured, Settings("chunked", block_size=block), validate=True)
+    operands = example_operands(shapes, seed) if attention.ir.chosen else None
+    settings = Settings("chunked", block_size=block)
+    bound = bind_call(compiled, shapes, captured, settings, operands=operands, validate=True)
     names = compiled.generated.arguments
     functions: dict[str, Any] = compiled.generated.build(**{name: bound.buffers[name] for name in names})
     return Drawable(shapes, bound, functions["mask_mod"], functions["score_mod"])

@@ -67,7 +67,7 @@ def _draw(expression: str, given: dict[str, Any]) -> tuple[Drawable, Picture, li
     shapes = square_shapes(length, heads)
     captured = example_captured(attention.ir, shapes, given["seed"])
     block = given["block"] or _fitting_block(length, render.WIDEST)
-    drawn = drawable(attention, shapes, captured, block)
+    drawn = drawable(attention, shapes, captured, block, given["seed"])
     cells = render.cells()
     picture = drawn.pairs(given["head"], *zoom, cells) if zoom else drawn.tiles(given["head"], cells)
     return drawn, picture, describe(attention.ir, captured, given["seed"])

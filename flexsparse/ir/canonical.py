@@ -11,7 +11,7 @@ import math
 
 import sympy
 
-from flexsparse.ir.nodes import COMPARISONS, FALSE, TRUE, Apply, Constant, Kind, Named, Node, rebuild
+from flexsparse.ir.nodes import COMPARISONS, FALSE, TRUE, Apply, Constant, Kind, Named, Node, is_plain, rebuild
 from flexsparse.ir.program import program_text
 from flexsparse.ir.simplify import simplify
 
@@ -24,7 +24,12 @@ def canonical(node: Node) -> Node:
     """The canonical form of a mask or an index expression; patterns keep their selections and scores."""
     if isinstance(node, Named):
         return canonical(node.body)
+    if node.kind is Kind.BOOL and not is_plain(node):
+        # The rules are for masks: p & p applies a score twice, and False & p keeps its sink.
+        return rebuild(node, tuple(canonical(c) for c in node.children))
     node = simplify(node)
+    if isinstance(node, Named):
+        return canonical(node.body)
     if isinstance(node, Apply) and node.kind is Kind.BOOL:
         return _canonical_mask(node)
     if node.kind is Kind.INT and isinstance(node, Apply):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flexsparse.errors import CapturedError, ExpressionError
 from flexsparse.ir.nodes import (
     Apply,
+    BlockTopK,
     Constant,
     Kind,
     Load,
@@ -15,14 +16,16 @@ from flexsparse.ir.nodes import (
     PerHead,
     Scored,
     SelectionNode,
+    Sunk,
     Symbol,
     TensorSpec,
     is_plain,
     rebuild,
     walk,
 )
-from flexsparse.ir.program import Gate, Program, Selected, table_name
+from flexsparse.ir.program import Chosen, Gate, Program, Selected, table_name
 from flexsparse.ir.simplify import simplify
+from flexsparse.ir.sinks import NO_SINK, sink_of
 from flexsparse.ir.text import text
 
 ONE = Constant(1.0)
@@ -62,6 +65,9 @@ class _Lowering:
             case Scored(pattern, expression):
                 inner = self.parts(pattern)
                 return _Parts(inner.mask, substitute(self.flat(expression), inner.score), *inner.gates)
+            case Sunk(pattern, _):
+                # The sink belongs to the whole softmax and is lowered beside the parts.
+                return self.parts(pattern)
             case Apply("and", (left, right)):
                 return _both(self.parts(left), self.parts(right))
             case Apply("or", (left, right)):
@@ -102,6 +108,9 @@ class _Lowering:
             return self.flat(node.body)
         if isinstance(node, PerHead):
             return self.choice([self.flat(entry) for entry in node.entries], node.kind)
+        if isinstance(node, BlockTopK):
+            # A future block is never chosen; the own block is seen up to the query.
+            return Apply("and", (Chosen(node), Apply("le", (Symbol("kv"), Symbol("q")))))
         return rebuild(node, tuple(self.flat(child) for child in node.children))
 
     def choice(self, entries: list[Node], kind: Kind) -> Node:
@@ -184,13 +193,14 @@ def lower(node: Node) -> Program:
         )
     lowering = _Lowering()
     parts = lowering.parts(node)
-    expressions = [simplify(x) for x in (parts.mask, parts.score, *parts.gates)]
+    sink = lowering.flat(sink_of(node) or NO_SINK)
+    expressions = [simplify(x) for x in (parts.mask, parts.score, *parts.gates, sink)]
     used = {n.number for e in expressions for n in walk(e) if isinstance(n, Selected | Gate)}
     if used != set(range(len(lowering.selections))):
         expressions, kept = _renumbered(expressions, lowering.selections, used)
     else:
         kept = lowering.selections
-    mask, score, gate_k, gate_v, gate_logit = expressions
+    mask, score, gate_k, gate_v, gate_logit, sink = expressions
     tensors = _tensors(expressions, kept)
     needed = {spec.name for spec in tensors} | {selection.scores for selection in kept}
     return Program(
@@ -200,6 +210,7 @@ def lower(node: Node) -> Program:
         tables=tuple(lowering.tables),
         head_groups=tuple(sorted(lowering.head_groups)),
         idle=tuple(sorted(_mentioned(node) - needed)),
+        sink=sink,
     )
 
 

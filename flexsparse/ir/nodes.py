@@ -65,6 +65,8 @@ class Symbol(Node):
 
 INDEX_SYMBOLS = ("b", "h", "q", "kv")
 SIZE_SYMBOLS = ("q_len", "kv_len", "heads")
+# The children of what changes with every index.
+PLACE: tuple[Node, ...] = tuple(Symbol(name) for name in INDEX_SYMBOLS)
 SYMBOLS = {**dict.fromkeys((*INDEX_SYMBOLS, *SIZE_SYMBOLS), Kind.INT), "score": Kind.REAL}
 
 
@@ -172,6 +174,34 @@ class SelectionNode(Node):
         return Kind.BOOL
 
 
+BLOCK_SCORES = ("mean", "bounds")
+
+
+@dataclass(frozen=True)
+class BlockTopK(Node):
+    """The keys up to the query in its own block, and the k past blocks of keys that score highest for the query.
+
+    Its blocks are chosen at the call, from query and key. ``score`` is one of BLOCK_SCORES.
+    """
+
+    k: int
+    block: int
+    score: str = "mean"
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return PLACE
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor that says which blocks each query chose."""
+        return f"chosen_{self.score}_{self.block}_{self.k}"
+
+
 @dataclass(frozen=True)
 class Scored(Node):
     """A pattern whose running score is replaced by ``expression``, in which it appears as ``score``."""
@@ -186,6 +216,25 @@ class Scored(Node):
     @property
     def children(self) -> tuple[Node, ...]:
         return (self.pattern, self.expression)
+
+
+@dataclass(frozen=True)
+class Sunk(Node):
+    """A pattern whose softmax also counts ``logit``: one more term in the denominator, without a key or a value.
+
+    ``logit`` is a number in b, h, q and sizes; -inf counts nothing. Score expressions never act on it.
+    """
+
+    pattern: Node
+    logit: Node
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return (self.pattern, self.logit)
 
 
 @dataclass(frozen=True)
@@ -303,14 +352,16 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
         return PerHead(children)
     if isinstance(node, Scored):
         return Scored(*children)
+    if isinstance(node, Sunk):
+        return Sunk(*children)
     if isinstance(node, Named):
         return Named(node.name, node.arguments, children[0])
     raise AssertionError(f"{type(node).__name__} has no children")
 
 
 def is_plain(node: Node) -> bool:
-    """Whether a BOOL node is a mask alone: no selection, and no score of its own."""
-    return not any(isinstance(n, SelectionNode | Scored) for n in walk(node))
+    """Whether a BOOL node is a mask alone: no selection, no score of its own, no sink."""
+    return not any(isinstance(n, SelectionNode | Scored | Sunk) for n in walk(node))
 
 
 def mentions(node: Node, *names: str) -> bool:

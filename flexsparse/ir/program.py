@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexsparse.ir.nodes import Kind, Node, Opaque, SelectionNode, Symbol, TensorSpec, rebuild, walk
+from flexsparse.ir.nodes import (
+    PLACE,
+    BlockTopK,
+    Kind,
+    Load,
+    Node,
+    Opaque,
+    SelectionNode,
+    Symbol,
+    TensorSpec,
+    rebuild,
+    walk,
+)
+from flexsparse.ir.sinks import NO_SINK
 from flexsparse.ir.text import call_text, selection_arguments, text
 
 
@@ -36,13 +49,29 @@ class Gate(Node):
 
 
 @dataclass(frozen=True)
+class Chosen(Node):
+    """Whether query q chose the block of key kv; the query's own block always is."""
+
+    topk: BlockTopK
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return PLACE
+
+
+@dataclass(frozen=True)
 class Program:
     """What the lowerings read. Gates are REAL expressions, the constant 1 where nothing gates.
 
     The final score of a key is ``score`` evaluated with ``scale * (q . k) * gate_k`` as its running score,
-    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``. ``head_groups`` are the lengths of ``per_head``
-    lists, which must divide the number of query heads; ``idle`` names tensors that the pattern mentions and
-    simplification made unnecessary.
+    plus ``log(gate_logit)``; its value is multiplied by ``gate_v``. ``sink`` is a logit in b, h and q that joins the
+    softmax's denominator, -inf where there is none. ``head_groups`` are the lengths of ``per_head`` lists, which must
+    divide the number of query heads; ``idle`` names tensors that the pattern mentions and simplification made
+    unnecessary.
     """
 
     mask: Node
@@ -55,16 +84,36 @@ class Program:
     tables: tuple[tuple[int | float, ...], ...] = ()
     head_groups: tuple[int, ...] = ()
     idle: tuple[str, ...] = ()
+    sink: Node = NO_SINK
 
     @property
     def expressions(self) -> dict[str, Node]:
-        return {name: getattr(self, name) for name in ("mask", "score", "gate_k", "gate_v", "gate_logit")}
+        """Every expression by name; the sink only where there is one."""
+        names = ("mask", "score", "gate_k", "gate_v", "gate_logit", *(("sink",) if self.has_sink else ()))
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether a logit without a key takes part in the softmax."""
+        return self.sink != NO_SINK
+
+    @property
+    def sink_only(self) -> frozenset[str]:
+        """The captured tensors that nothing but the sink reads: the attention itself owes them no gradient."""
+        loads = {name: {n.tensor.name for n in walk(e) if isinstance(n, Load)} for name, e in self.expressions.items()}
+        return frozenset(loads.pop("sink", set()).difference(*loads.values()))
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:
         """The functions that could not be traced, in order of first use."""
         found = (n for e in self.expressions.values() for n in walk(e) if isinstance(n, Opaque))
         return tuple({n.function: n for n in found}.values())
+
+    @property
+    def chosen(self) -> tuple[BlockTopK, ...]:
+        """The selections of blocks that depend on query and key, in order of first use."""
+        found = (n.topk for e in self.expressions.values() for n in walk(e) if isinstance(n, Chosen))
+        return tuple(dict.fromkeys(found))
 
     @property
     def has_score(self) -> bool:
@@ -83,6 +132,8 @@ class Program:
             yield f"table      {table_name(number)} = {list(values)}"
         for number, selection in enumerate(self.selections):
             yield f"selection  selected_{number}, m_{number} = {call_text('topk', selection_arguments(selection))}"
+        for topk in self.chosen:
+            yield f"blocks     {topk.name} = {text(topk)}"
         for name, node in self.expressions.items():
             yield f"{name:<10} = {program_text(node)}"
 
@@ -102,6 +153,8 @@ def _with_names(node: Node) -> Node:
         return _Name(f"selected_{node.number}", Kind.BOOL)
     if isinstance(node, Gate):
         return _Name(f"ste(m_{node.number})" if node.straight_through else f"m_{node.number}", Kind.REAL)
+    if isinstance(node, Chosen):
+        return _Name(node.topk.name, Kind.BOOL)
     return rebuild(node, tuple(_with_names(c) for c in node.children))
 
 

@@ -6,6 +6,7 @@ from flexsparse.ir.nodes import (
     COMPARISONS,
     OPERATIONS,
     Apply,
+    BlockTopK,
     Constant,
     Kind,
     Load,
@@ -15,6 +16,7 @@ from flexsparse.ir.nodes import (
     PerHead,
     Scored,
     SelectionNode,
+    Sunk,
     Symbol,
     mentions,
 )
@@ -63,10 +65,15 @@ def _render(node: Node) -> tuple[str, int]:
             return call_text(name, arguments), _ATOM
         case SelectionNode():
             return call_text("topk", selection_arguments(node)), _ATOM
+        case BlockTopK(k, block, score):
+            shown = (("", k), ("block", block), *((("score", score),) if score != "mean" else ()))
+            return call_text("block_topk", shown), _ATOM
         case Scored(pattern, Apply("add", (Symbol("score"), term))) if not mentions(term, "score"):
             return f"{_operand(pattern, 'add')} + {_wrap(term, 7)}", 6
         case Scored(pattern, expression):
             return f"{_wrap(pattern, _ATOM)}.score({text(expression)})", _ATOM
+        case Sunk(pattern, logit):
+            return f"{_wrap(pattern, _ATOM)}.sink({text(logit)})", _ATOM
         case Apply(op, args):
             return _render_apply(op, args)
     raise AssertionError(f"no text for {type(node).__name__}")

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from flexsparse.errors import VerificationError
-from flexsparse.ir.nodes import OPERATIONS, SYMBOLS, Apply, Constant, Kind, Load, Node, Opaque, Symbol, walk
-from flexsparse.ir.program import Gate, Program, Selected, table_name
+from flexsparse.ir.nodes import (
+    BLOCK_SCORES,
+    OPERATIONS,
+    SYMBOLS,
+    Apply,
+    Constant,
+    Kind,
+    Load,
+    Node,
+    Opaque,
+    Symbol,
+    walk,
+)
+from flexsparse.ir.program import Chosen, Gate, Program, Selected, table_name
 
 _OPERANDS_BOOL = ("and", "or", "xor", "not")
 _OPERANDS_INT = ("floordiv", "mod", "truncdiv", "truncmod")
@@ -29,6 +41,8 @@ def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
         case Symbol(symbol):
             if symbol not in SYMBOLS or (symbol == "score" and name != "score"):
                 raise _broken(name, node, "a symbol of the language, and the running score only in scores")
+            if symbol == "kv" and name == "sink":
+                raise _broken(name, node, "a sink that does not depend on a key")
         case Load(tensor, index):
             if tensor.name not in tensors or len(index) != len(tensor.dims):
                 raise _broken(name, node, "a declared tensor with one index for each dimension")
@@ -44,6 +58,11 @@ def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
                 raise _broken(name, node, f"one of {len(program.selections)} selections")
             if isinstance(node, Gate) and name in ("mask", "score"):
                 raise _broken(name, node, "gates only in gates")
+            if name == "sink":
+                raise _broken(name, node, "a sink that does not depend on a key")
+        case Chosen(topk):
+            if topk.k < 1 or topk.block < 1 or topk.score not in BLOCK_SCORES:
+                raise _broken(name, node, "at least one block of at least one key, and a known score")
         case _:
             raise _broken(name, node, "a flattened node")
 

@@ -9,18 +9,28 @@ import torch
 from torch import Tensor
 
 from flexsparse.codegen.flex import selection_arguments
-from flexsparse.errors import CapturedError
+from flexsparse.errors import CapturedError, ExpressionError
 from flexsparse.ir.program import Program, table_name
 from flexsparse.ir.text import text
+from flexsparse.ops.blocks import choose_blocks
 from flexsparse.ops.selection import causal_select, causal_topk
-from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.inputs import Shapes, refuse_beyond_keys
 
 # Stand-ins for infinities: differences of these are finite or saturate, and never become NaN.
 _SCORE_FAR, _TAU_LOW, _TAU_HIGH = 3.0e38, -3.4e38, 1.5e38
 
 
-def make_buffers(program: Program, shapes: Shapes, captured: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Every value that ``Generated.build`` may ask for, by name."""
+def make_buffers(
+    program: Program,
+    shapes: Shapes,
+    captured: Mapping[str, Tensor],
+    operands: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Every value that ``Generated.build`` may ask for, by name.
+
+    ``operands`` are query [B, H, S_q, D] and key [B, H_kv, S_kv, D], from which blocks are chosen.
+    Raises ExpressionError where the pattern needs them and they are not given, ShapeError for queries beyond the keys.
+    """
     real = torch.float64 if shapes.dtype is torch.float64 else torch.float32
     buffers: dict[str, Any] = {spec.name: captured[spec.name] for spec in program.tensors}
     for number, values in enumerate(program.tables):
@@ -29,10 +39,25 @@ def make_buffers(program: Program, shapes: Shapes, captured: Mapping[str, Tensor
     _check_per_head(program, shapes.heads)
     for number in range(len(program.selections)):
         buffers |= _selection(program, number, captured)
+    for topk in program.chosen:
+        if operands is None:
+            raise needs_operands(text(topk))
+        refuse_beyond_keys(shapes)
+        buffers[topk.name] = choose_blocks(*operands, topk.k, topk.block, topk.score, shapes.q_offset)
     buffers |= {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads, "q_offset": shapes.q_offset}
     for number, selection in enumerate(program.selections):
         buffers[f"group_{number}"] = shapes.heads // captured[selection.scores].shape[1]
     return buffers
+
+
+def needs_operands(argument: str) -> ExpressionError:
+    """The error for a pattern that cannot be evaluated before query and key are known."""
+    return ExpressionError(
+        argument,
+        got="a selection that depends on query and key",
+        expected="a mask that is known before the call",
+        mend="Use flexsparse.compile, which chooses the blocks and classifies the tiles at each call.",
+    )
 
 
 def _check_per_head(program: Program, heads: int) -> None:
@@ -92,5 +117,7 @@ def sequence_dims(program: Program, name: str) -> tuple[int, ...]:
     for spec in program.tensors:
         if spec.name == name:
             return tuple(n for n, dim in enumerate(spec.dims) if dim in ("s", "q"))
+    if name in {topk.name for topk in program.chosen}:
+        return (2, 3)
     derived = {n for i in range(len(program.selections)) for n in selection_arguments(program, i)}
     return (2,) if name in derived else ()

@@ -27,7 +27,8 @@ _CHUNK_ELEMENTS = 1 << 21
 class Work:
     """What one call computes. ``build`` turns tensors (in the order of ``names``) into the generated functions.
 
-    ``sequence_dims`` names, for each tensor, the dimensions that change with the lengths.
+    ``sequence_dims`` names, for each tensor, the dimensions that change with the lengths. ``sink`` says that the
+    chunked path counts the pattern's sink itself.
     """
 
     shapes: Shapes
@@ -38,6 +39,7 @@ class Work:
     build: Callable[..., dict[str, Any]]
     sequence_dims: tuple[tuple[int, ...], ...] = ()
     opaque: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    sink: bool = False
 
     def functions(self, tensors: tuple[Tensor, ...], *, broadcast: bool) -> dict[str, Any]:
         """The generated functions, of scalars or of broadcast index tensors; only untraced functions differ."""
@@ -123,9 +125,12 @@ def _attend(
         scores = functions["score_mod"](scores, *at)
     scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)
+    sink = sink_logits(functions, top, *at[:3]) if work.sink else None
+    top = top if sink is None else torch.maximum(top, sink.detach())
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
+    total = total if sink is None else total + torch.exp(sink - top)
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
     weights = weights / safe
@@ -134,6 +139,21 @@ def _attend(
     out = (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
     lse = (safe.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
     return out, lse
+
+
+def sink_logits(functions: dict[str, Any], like: Tensor, b: Tensor, h: Tensor, q: Tensor) -> Tensor:
+    """The sink's logit of the rows that the indices name, with the shape and dtype of ``like``."""
+    sink: Tensor = functions["sink_logit"](like, b, h, q)
+    return sink.to(like.dtype).expand(like.shape)
+
+
+def row_indices(shapes: Shapes, device: torch.device) -> list[Tensor]:
+    """b, h and q of every row, int64, that broadcast to [B, H, S_q]."""
+    counts = (shapes.batch, shapes.heads, shapes.q_len)
+    return [
+        torch.arange(count, device=device).reshape([-1 if d == n else 1 for d in range(3)])
+        for n, count in enumerate(counts)
+    ]
 
 
 def _sliced(chunk: _Chunk, query: Tensor, key: Tensor, value: Tensor, group: int, dtype: torch.dtype) -> list[Tensor]:
@@ -155,6 +175,9 @@ class _Chunked(torch.autograd.Function):
         out = query.new_zeros(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
         lse = query.new_full((shapes.batch, shapes.heads, shapes.q_len), -torch.inf, dtype=real)
         functions = work.functions(tensors, broadcast=True)
+        if work.sink:
+            # Rows that no chunk reaches see no key, and the sink alone.
+            lse.copy_(sink_logits(functions, lse, *row_indices(shapes, lse.device)))
         for chunk in chunks(work, functions):
             mine = _sliced(chunk, query, key, value, group, real)
             part, part_lse = _attend(work, chunk, functions, *mine)
@@ -193,6 +216,8 @@ def gradients(
     ]
     with torch.enable_grad():
         functions = work.functions(leaves, broadcast=True)
+    # What flows into rows that no chunk reaches: the sink alone receives it.
+    unseen = grad_lse.to(real, copy=True) if work.sink else None
     for chunk in chunks(work, functions):
         mine = _sliced(chunk, query, key, value, group, real)
         mine = [x.detach().requires_grad_(w) for x, w in zip(mine, wanted[:3], strict=True)]
@@ -203,6 +228,8 @@ def gradients(
         at = (chunk.rows, heads, chunk.queries)
         # An empty row's lse is constant; what flows into it stops here.
         flow = grad_lse[at].to(real).masked_fill(lse == -torch.inf, 0.0)
+        if unseen is not None:
+            unseen[at] = 0.0
         flows = [(x, g) for x, g in ((out, grad_out[at].to(real)), (lse, flow)) if x.requires_grad]
         outputs, incoming = zip(*flows, strict=True)
         found = iter(torch.autograd.grad(outputs, inputs, incoming, allow_unused=True))
@@ -216,5 +243,23 @@ def gradients(
                 total[chunk.rows, chunk.kv_heads].index_add_(2, chunk.keys, part)
             else:
                 total += part
+    if unseen is not None:
+        _add_unseen(work, functions, leaves, totals[3:], unseen)
     originals = (query, key, value, *tensors)
     return [None if t is None else t.to(x.dtype) for t, x in zip(totals, originals, strict=True)]
+
+
+def _add_unseen(
+    work: Work, functions: dict[str, Any], leaves: tuple[Tensor, ...], totals: list[Tensor | None], flow: Tensor
+) -> None:
+    """Add to ``totals`` what ``flow`` [B, H, S_q] into the lse of rows without keys gives the sink's tensors."""
+    with torch.enable_grad():
+        sink = sink_logits(functions, flow, *row_indices(work.shapes, flow.device))
+    wanted = [leaf for leaf, total in zip(leaves, totals, strict=True) if total is not None]
+    if not sink.requires_grad or not wanted:
+        return
+    found = iter(torch.autograd.grad(sink, wanted, flow.masked_fill(torch.isneginf(sink), 0.0), allow_unused=True))
+    for total in totals:
+        part = next(found) if total is not None else None
+        if total is not None and part is not None:
+            total += part

@@ -285,6 +285,14 @@ def _scores(name: str, scores: Tensor, shapes: Shapes, validate: bool) -> Tensor
     if not fits or scores.shape[0] != shapes.batch or scores.shape[2] != shapes.kv_len:
         mend = "Scores are one number a key: [B, heads, S]; squeeze a last dimension of 1." if scores.dim() == 4 else ""
         raise ShapeError(name, got=f"shape {tuple(scores.shape)}", expected=expected, mend=mend)
+    refuse_beyond_keys(shapes)
+    if validate and not torch.compiler.is_compiling():
+        refuse_nan(name, scores)
+    return scores
+
+
+def refuse_beyond_keys(shapes: Shapes) -> None:
+    """Raise ShapeError where a query stands beyond the last key: a selection from its prefix has no meaning there."""
     if shapes.q_offset + shapes.q_len > shapes.kv_len:
         raise ShapeError(
             "query",
@@ -292,6 +300,3 @@ def _scores(name: str, scores: Tensor, shapes: Shapes, validate: bool) -> Tensor
             expected="query positions below the key length, as the pattern selects from a causal prefix",
             mend="Pass the keys and scores of every position up to the last query.",
         )
-    if validate and not torch.compiler.is_compiling():
-        refuse_nan(name, scores)
-    return scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 import flexsparse as fs
 from flexsparse.dense import dense_mask
@@ -90,6 +91,34 @@ def test_simplify_keeps_the_mask() -> None:
     assert str(fs.simplify(pattern("causal & sliding_window(3) & sliding_window(5)"))) == (
         "(kv - q <= 0) & (q - kv <= 2)"
     )
+
+
+PATTERN_LEVEL = [
+    ("(causal + 1.0) & (causal + 1.0)", "((kv - q <= 0) + 1.0) & ((kv - q <= 0) + 1.0)"),
+    ("(causal + 1.0) | full", "((kv - q <= 0) + 1.0) | True"),
+    ("causal.sink(0.5) & causal", "(kv - q <= 0).sink(0.5) & (kv - q <= 0)"),
+    ("causal.sink(0.5) & ~full", "(kv - q <= 0).sink(0.5) & False"),
+    ("(causal & causal).sink(1 + 1)", "(kv - q <= 0).sink(2)"),
+]
+
+
+@pytest.mark.parametrize(("text", "simple"), PATTERN_LEVEL)
+def test_simplify_keeps_scores_and_sinks(text: str, simple: str) -> None:
+    found = fs.simplify(pattern(text))
+    assert str(found) == simple
+    query = torch.randn(1, 2, 9, 4, dtype=torch.float64)
+    for mine, theirs in zip(
+        *(fs.reference(p, query, query, query, return_lse=True) for p in (found, text)), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_equivalent_masks_with_other_sinks_say_so() -> None:
+    verdict = fs.equivalent("causal.sink(0)", "causal")
+    assert verdict.holds is True
+    assert verdict.reason == "the canonical forms agree; this is of the masks, the sinks differ"
+    assert fs.equivalent("causal.sink(1 + 1)", "causal.sink(2)").reason == "the canonical forms agree"
+    assert fs.is_causal("causal.sink(0)").holds is True
 
 
 def test_without_z3_the_answer_is_unknown_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

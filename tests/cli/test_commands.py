@@ -136,6 +136,33 @@ def test_check_reports_every_result(invoke: Invoke) -> None:
         assert case["empty_rows"] == 2 * 4 * min(3, case["length"])
 
 
+def test_check_of_a_sink_counts_rows_without_keys_from_the_mask(invoke: Invoke) -> None:
+    pattern = "causal() & (kv > 2) & learned_sinks()"
+    data = json.loads(invoke("check", pattern, "--length", "20", "--dtype", "bf16", "--json").out)
+    assert data["holds"] is True
+    for case in data["cases"]:
+        assert [r["name"] for r in case["results"]][-1] == "d sink_logits"
+        assert case["empty_rows"] == 2 * 4 * 3
+        assert case["empty_rows_wrong"] == []
+
+
+def test_blocks_are_drawn_explained_and_checked(invoke: Invoke) -> None:
+    pattern = "moba(16, 1) & document()"
+    drawn = json.loads(invoke("show", pattern, "--length", "96", "--block", "16", "--json").out)
+    assert drawn["heads_differ"] is True
+    assert drawn["rows"][0] == "P" + 5 * "E"
+    assert drawn["example_data"][-1] == (
+        "query, key: example data, normal random values, from which blocks are chosen, seed 0"
+    )
+    told = json.loads(invoke("explain", pattern, "--length", "96", "--json").out)
+    assert any("carries no eviction certificate" in note for note in told["notes"])
+    assert "on example tensors, seed 0" in " ".join(invoke("explain", pattern, "--length", "96").out.split())
+    found = json.loads(invoke("check", pattern, "--length", "40", "--dtype", "float32", "--json").out)
+    assert found["holds"] is True
+    listed = invoke("list", "moba", "quest").out
+    assert "moba(16, 2), 192 queries and keys" in listed
+
+
 def test_check_notices_the_backend_as_a_note(invoke: Invoke) -> None:
     answer = invoke("check", "causal()", "--length", "5")
     assert answer.err.startswith("note: flexsparse runs its exact chunked path on CPU")

@@ -40,6 +40,10 @@ COMPOSITIONS: dict[str, tuple[Any, int]] = {
     "gate on the logit": (P["sparsek"](48, gate="logit"), 300),
     "straight through": (P["sparsek"](48, gate="ste"), 300),
     "two selections": (P["sparsek"](32) | P["sparsek"](16, scores="u", gate="v"), 300),
+    "learned sinks": (WINDOW & P["learned_sinks"](), 513),
+    "learned sinks on a hybrid": ((WINDOW | P["sparsek"](32, after=96)) & P["learned_sinks"](), 300),
+    "moba": (P["moba"](64, 3), 1000),
+    "quest within documents": (P["quest"](32, 4) & P["document"]() | WINDOW, 513),
     "selection in segments": (P["sparsek"](24, segments="segments") + P["alibi"](), 257),
 }
 

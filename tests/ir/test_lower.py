@@ -88,6 +88,29 @@ GOLDEN: dict[str, tuple[Any, str]] = {
         "mask       = ((h * 2 // heads == 0) & (kv <= q)) | (~(h * 2 // heads == 0) & (kv < 4))\n"
         f"score      = score\n{NO_GATES}",
     ),
+    "sink": (
+        (P["causal"]() + 1) & P["learned_sinks"](),
+        f"tensor     sink_logits: real[h] learnable\nmask       = kv <= q\nscore      = score + 1\n{NO_GATES}\n"
+        "sink       = sink_logits[h]",
+    ),
+    "sink_of_head": (
+        per_head([P["causal"]().sink(0.5), P["causal"]()]),
+        f"table      table_0 = [0.5, -inf]\n"
+        f"mask       = ((h * 2 // heads == 0) & (kv <= q)) | (~(h * 2 // heads == 0) & (kv <= q))\n"
+        f"score      = score\n{NO_GATES}\nsink       = table_0[h * 2 // heads]",
+    ),
+    "blocks": (
+        P["moba"](16, 2) & P["document"](),
+        "tensor     doc: int[b, s]\nblocks     chosen_mean_16_2 = block_topk(2, block=16)\n"
+        f"mask       = chosen_mean_16_2 & (kv <= q) & (doc[b, q] == doc[b, kv])\nscore      = score\n{NO_GATES}",
+    ),
+    "two_kinds_of_blocks": (
+        P["moba"](16, 2) | P["quest"](16, 2) | P["moba"](16, 2),
+        "blocks     chosen_mean_16_2 = block_topk(2, block=16)\n"
+        "blocks     chosen_bounds_16_2 = block_topk(2, block=16, score='bounds')\n"
+        f"mask       = (chosen_mean_16_2 & (kv <= q)) | (chosen_bounds_16_2 & (kv <= q))\nscore      = score\n"
+        f"{NO_GATES}",
+    ),
     "boundaries": (
         P["document"](cu_seqlens="ends"),
         f"tensor     ends: int[s] boundaries\nmask       = ends[q] == ends[kv]\nscore      = score\n{NO_GATES}",

@@ -13,6 +13,7 @@ from flexsparse.ir.nodes import (
     FALSE,
     TRUE,
     Apply,
+    BlockTopK,
     Constant,
     Kind,
     Load,
@@ -22,7 +23,7 @@ from flexsparse.ir.nodes import (
     Symbol,
     TensorSpec,
 )
-from flexsparse.ir.program import Gate, Program, Selected
+from flexsparse.ir.program import Chosen, Gate, Program, Selected
 from flexsparse.ir.verify import verify
 from flexsparse.language import kv, q, topk
 from flexsparse.patterns import catalogue
@@ -36,6 +37,8 @@ LOAD = Load(DOC, (Symbol("b"), KV))
 SYMBOL_RULE = "a symbol of the language, and the running score only in scores"
 LOAD_RULE = "a declared tensor with one index for each dimension"
 ARITY_RULE = "an operation of the table with its number of operands"
+SINK_RULE = "a sink that does not depend on a key"
+BLOCK_RULE = "at least one block of at least one key, and a known score"
 NUMBER_RULE = "numbers as operands, integers for // and %"
 
 
@@ -93,6 +96,13 @@ BROKEN: list[tuple[str, dict[str, Any], Node, str]] = [
     ("gate_v", {"gate_v": Gate(-1)}, Gate(-1), "one of 1 selections"),
     ("score", {"score": Gate(0)}, Gate(0), "gates only in gates"),
     ("mask", {"mask": Apply("ge", (Gate(0), Constant(0.5)))}, Gate(0), "gates only in gates"),
+    ("sink", {"sink": TRUE}, TRUE, "a number"),
+    ("sink", {"sink": Apply("mul", (KV, Constant(0.5)))}, KV, SINK_RULE),
+    ("sink", {"sink": SCORE}, SCORE, SYMBOL_RULE),
+    ("sink", {"sink": Gate(0)}, Gate(0), SINK_RULE),
+    ("mask", {"mask": Chosen(BlockTopK(0, 4))}, Chosen(BlockTopK(0, 4)), BLOCK_RULE),
+    ("mask", {"mask": Chosen(BlockTopK(1, 4, "max"))}, Chosen(BlockTopK(1, 4, "max")), BLOCK_RULE),
+    ("mask", {"mask": BlockTopK(1, 4)}, BlockTopK(1, 4), "a flattened node"),
     ("mask", {"mask": SelectionNode(3)}, SelectionNode(3), "a flattened node"),
     ("mask", {"mask": PerHead((TRUE, FALSE))}, PerHead((TRUE, FALSE)), "a flattened node"),
 ]

@@ -98,4 +98,7 @@ def _larger_pattern(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-PATTERNS = st.recursive(MASKS | SELECTIONS, _larger_pattern, max_leaves=5)
+SINKS = st.sampled_from([SLOPE[h], 0.0, -2, fl.where(q < 3, 0.5, -1.5), per_head([1.0, -0.25]), fl.tanh(q / 3) - h])
+# A pattern has one sink: it is given to the whole.
+WITHOUT_SINK = st.recursive(MASKS | SELECTIONS, _larger_pattern, max_leaves=5)
+PATTERNS = WITHOUT_SINK | st.builds(lambda p, s: p.sink(s), WITHOUT_SINK, SINKS)

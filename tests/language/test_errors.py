@@ -34,6 +34,11 @@ RUNNING = (
     "got a comparison of the running score, expected a mask in b, h, q, kv, sizes and captured tensors. "
     "Masks are decided before scores are computed; use minimum or maximum inside pattern.score(...)."
 )
+SINK_EXPECTED = (
+    "expected a number for each (b, h, q), below infinity: a sink has no key. "
+    "Use a number, or a tensor indexed by b, h or q, such as sink_logits[h]."
+)
+SINK_ONCE = "expected one sink, as a softmax has one denominator. Give the sink once, to the whole: (a | b).sink(...)."
 NAME = "expected an identifier that is not a symbol or an argument of the call. Choose another name, such as 'doc'."
 COMPARE_IT = "Compare it to get a mask, or add it to a pattern: pattern + score."
 CAPTURE_IT = "Captured tensors are declared with captured(name, dims=...) and indexed, as in doc[b, kv]."
@@ -70,6 +75,44 @@ EXPRESSION: list[tuple[Callable[[], object], str]] = [
         lambda: P["causal"]() + P["softcap"](30),
         "causal() + softcap(30): got a term that contains `score`, expected a term that is added to the score. "
         "Replace the score instead: pattern.score(softcap(30)).",
+    ),
+    (
+        lambda: ~P["causal"]().sink(1),
+        "~ of causal().sink(1): got a pattern with a sink, expected a plain mask. A sink belongs to the whole softmax: "
+        "apply ~ to the mask, and .sink(...) to the result.",
+    ),
+    (
+        lambda: P["causal"]() ^ P["learned_sinks"](),
+        "^ of learned_sinks(): got a pattern with a sink, expected a plain mask. A sink belongs to the whole softmax: "
+        "apply ^ to the mask, and .sink(...) to the result.",
+    ),
+    (
+        lambda: P["causal"]().sink(kv / 2),
+        f"sink(kv / 2): got a logit that depends on kv, {SINK_EXPECTED}",
+    ),
+    (lambda: P["causal"]().sink(score * 2), f"sink(score * 2): got a logit that depends on score, {SINK_EXPECTED}"),
+    (lambda: P["causal"]().sink(float("inf")), f"sink(inf): got +inf, {SINK_EXPECTED}"),
+    (lambda: P["causal"]().sink(float("nan")), "the logit of a sink: got NaN, expected a score."),
+    (
+        lambda: P["causal"]().sink(kv < q),
+        "the logit of a sink: got kv < q, a mask or pattern, expected a score. "
+        "Use where(mask, 1, 0) to turn a mask into numbers.",
+    ),
+    (
+        lambda: P["causal"]().sink(1.0) & P["sinks"](2).sink(2.0),
+        f"causal().sink(1.0) & sinks(2).sink(2.0): got two sinks, 1.0 and 2.0, {SINK_ONCE}",
+    ),
+    (
+        lambda: (P["causal"]().sink(1.0) + 1) | P["learned_sinks"](),
+        f"(causal().sink(1.0) + 1) | learned_sinks(): got two sinks, 1.0 and sink_logits[h], {SINK_ONCE}",
+    ),
+    (
+        lambda: P["learned_sinks"]().sink(0),
+        f"learned_sinks().sink(0): got two sinks, sink_logits[h] and 0, {SINK_ONCE}",
+    ),
+    (
+        lambda: P["causal"]().sink(fl.where(P["moba"](4, 1), 1, 0)),
+        f"sink(where(moba(4, 1), 1, 0)): got a logit that depends on kv, {SINK_EXPECTED}",
     ),
     (lambda: score < 3, f"comparison with score: {RUNNING}"),
     (lambda: 3 * score + 1 >= q, f"comparison with 3 * score + 1: {RUNNING}"),
@@ -188,6 +231,13 @@ ARGUMENTS: list[tuple[Callable[[], object], str]] = [
     (lambda: topk(0), "topk(k): got 0, expected an integer of at least 1."),
     (lambda: topk(True), "topk(k): got True, expected an integer of at least 1."),
     (lambda: untyped.topk(2.0), "topk(k): got 2.0, expected an integer of at least 1."),
+    (lambda: fl.block_topk(0, block=4), "block_topk(k): got 0, expected an integer of at least 1."),
+    (lambda: fl.block_topk(1, block=True), "block_topk(block): got True, expected an integer of at least 1."),
+    (
+        lambda: fl.block_topk(1, block=4, score="max"),
+        "block_topk(score): got 'max', expected one of 'mean', 'bounds'.",
+    ),
+    (lambda: P["moba"](block=4, k=0), "moba(k): got 0, expected an integer of at least 1."),
     (lambda: topk(2, after=-1), "topk(after): got -1, expected an integer of at least 0."),
     (lambda: topk(2, gate="hard"), "topk(gate): got 'hard', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste'."),
     (

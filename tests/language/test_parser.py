@@ -118,7 +118,7 @@ def test_nothing_but_the_language_is_executed(source: str) -> None:
         ("causal and sinks(4)", 1, "causal and sinks(4)", "& | ~ between masks", "Replace and, or, not by & | ~."),
         ("causal & (not sinks(4))", 11, "not sinks(4)", "& | ~ between masks", "Replace and, or, not by & | ~."),
         ("q[0] < 3", 1, "q[0]", "a captured tensor before [...]", ""),
-        ("causal.nodes()", 1, "causal.nodes", "the name of a pattern or function, or pattern.score", ""),
+        ("causal.nodes()", 1, "causal.nodes", "the name of a pattern or function, pattern.score or pattern.sink", ""),
         ("sinks(*[4])", 1, "sinks(*[4])", "arguments without * and **", ""),
         ("q // 0 < kv and q", 1, "q // 0 < kv and q", "& | ~ between masks", "Replace and, or, not by & | ~."),
         ("causal & q ** 2", 10, "q ** 2", "patterns, symbols, numbers, operators and calls", ""),

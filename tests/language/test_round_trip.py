@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 
 import flexsparse as fs
@@ -23,6 +24,23 @@ def test_text_reads_back_as_the_same_pattern(pattern: Any) -> None:
     assert read == pattern
     assert str(read) == str(pattern)
     assert hash(read) == hash(pattern)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "block_topk(2, block=16)",
+        "block_topk(2, block=16, score='bounds')",
+        "moba(64, 4) & document()",
+        "~moba(8, 1) & causal()",
+        "(quest(16, 2) + alibi()) | sparsek(4)",
+        "causal() + where(moba(4, 1), 1, 0)",
+    ],
+)
+def test_selections_of_blocks_read_back(text: str) -> None:
+    read = fs.parse(text)
+    assert str(read) == text
+    assert pickle.loads(pickle.dumps(read)) == read
 
 
 @given(INDICES)

@@ -24,8 +24,8 @@ BATCH, HEADS = 2, 2
 EXAMPLES = [(name, dict(e)) for name, p in catalogue().items() if name in MASKS for e in p.examples]
 
 
-def witness_mask(name: str, arguments: dict[str, Any], size: int, captured: dict[str, Tensor]) -> Tensor:
-    world = World(size, HEADS, {key: tensor.tolist() for key, tensor in captured.items()})
+def witness_mask(name: str, arguments: dict[str, Any], size: int, tensors: dict[str, Tensor]) -> Tensor:
+    world = World(size, HEADS, {key: tensor.tolist() for key, tensor in tensors.items()})
     predicate = MASKS[name]
     rows = [
         [
@@ -45,10 +45,13 @@ def test_mask_is_what_its_witness_says(name: str, arguments: dict[str, Any], siz
     captured = make_captured(
         tensors_of(pattern), batch=BATCH, heads=HEADS, size=size, score_heads=HEADS, generator=generator
     )
-    wanted = witness_mask(name, arguments, size, captured)
-    assert torch.equal(fs.dense_mask(pattern, size, batch=BATCH, heads=HEADS, **captured), wanted)
+    query = torch.randn(BATCH, HEADS, size, 3, generator=generator, dtype=torch.float64)
+    key = torch.randn(BATCH, 1, size, 3, generator=generator, dtype=torch.float64)
+    wanted = witness_mask(name, arguments, size, {**captured, "query": query, "key": key})
+    seen = fs.dense_mask(pattern, size, batch=BATCH, heads=HEADS, query=query, key=key, **captured)
+    assert torch.equal(seen, wanted)
     shapes = plain_shapes(size, batch=BATCH, heads=HEADS, kv_heads=HEADS)
-    bound, functions = bound_and_functions(pattern, shapes, captured)
+    bound, functions = bound_and_functions(pattern, shapes, captured, operands=(query, key))
     assert torch.equal(generated_mask(functions, shapes), wanted)
     assert_tiles_sound(bound.tiles.kinds, bound.tiles.block, wanted)
 

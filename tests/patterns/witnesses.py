@@ -58,14 +58,41 @@ def sparsek_window(w: World, b: int, h: int, q: int, kv: int, k: int, window: in
     return q - window < kv <= q or sparsek(w, b, h, q, kv, k, after=window)
 
 
+def blocks(w: World, b: int, h: int, q: int, kv: int, block: int, k: int, score: Callable[..., float]) -> bool:
+    """The own block up to the query, and the k past blocks of the best score, the earlier first on ties."""
+    cache = w.tensors.setdefault("blocks", {})
+    at = (b, h, q)
+    if at not in cache:
+        query, keys = w.tensors["query"][b][h][q], w.tensors["key"][b][h * len(w.tensors["key"][b]) // w.heads]
+        past = range(q // block)
+        rates = [score(query, keys[n * block : (n + 1) * block]) for n in past]
+        cache[at] = sorted(past, key=lambda n: (-rates[n], n))[:k]
+    return kv // block in cache[at] or (kv // block == q // block and kv <= q)
+
+
+def mean_score(query: list[float], keys: list[list[float]]) -> float:
+    return math.fsum(
+        x * math.fsum(column) / len(keys) for x, column in zip(query, zip(*keys, strict=True), strict=True)
+    )
+
+
+def bound_score(query: list[float], keys: list[list[float]]) -> float:
+    columns = zip(*keys, strict=True)
+    return math.fsum(max(x * min(c), x * max(c)) for x, c in zip(query, columns, strict=True))
+
+
 MASKS: dict[str, Predicate] = {
     "causal": lambda w, b, h, q, kv: kv <= q,
     "dilated_window": dilated_window,
     "document": document,
     "full": lambda w, b, h, q, kv: True,
     "global_tokens": global_tokens,
+    # The sink is no key; what it does to the softmax is in tests/runtime/test_sinks.py.
+    "learned_sinks": lambda w, b, h, q, kv: True,
+    "moba": lambda w, b, h, q, kv, block, k: blocks(w, b, h, q, kv, block, k, mean_score),
     "padding": lambda w, b, h, q, kv: kv < w.tensors["lengths"][b],
     "prefix_lm": lambda w, b, h, q, kv, prefix: kv in range(max(prefix, q + 1)),
+    "quest": lambda w, b, h, q, kv, block, k: blocks(w, b, h, q, kv, block, k, bound_score),
     "sinks": lambda w, b, h, q, kv, count: kv in range(count),
     "sliding_window": sliding_window,
     "sparsek": sparsek,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexsparse.language import b, captured, h, kv, kv_len, per_head, q, q_len, score, topk, where
+from flexsparse.language import b, captured, h, heads, kv, kv_len, per_head, q, q_len, score, topk, where
 from flexsparse.patterns import catalogue
 
 P: Any = catalogue()
 CAUSAL, FULL = P["causal"](), P["full"]()
 KEEP: Any = captured("keep", dims=("b", "s"), dtype="bool")
 SLOPE: Any = captured("slope", dims=("h",), learnable=True)
+SINK: Any = captured("sink_logits", dims=("h",), learnable=True)
 BIAS = P["relative_bias"](16)
 
 
@@ -59,5 +60,23 @@ COMPOSITIONS: dict[str, Any] = {
     "score of sizes": CAUSAL.score(q_len / 7),
     "mask of sizes": (kv_len < 20) & CAUSAL | ~(q_len < 20) & P["sliding_window"](5),
     "choice by sizes": CAUSAL + where(kv_len < 20, q, 0) - where(q_len < 20, 0.5, kv),
+    "learned sinks": CAUSAL & P["sliding_window"](4) & P["learned_sinks"](),
+    "off by one": CAUSAL.sink(0),
+    "sink where rows see nothing": (CAUSAL & (kv > 3)).sink(SLOPE[h] - 0.5) + BIAS,
+    "sink under a gate on V": hybrid(4, 6, "kv") & P["learned_sinks"](),
+    "sink under a straight-through gate": topk(4, after=3, gate="ste").sink(0.25),
+    "sink and score of one tensor": (CAUSAL - SLOPE[h] * abs(q - kv)).sink(SLOPE[h] * 2),
+    "sink of position and sizes": (P["sparsek"](3, after=2) + 0.5).sink(where(q < 9, q / 7, -0.1) - heads / 3),
+    "sink of some heads": per_head(
+        [CAUSAL.sink(SINK[h]), P["sinks"](4), topk(3, gate="v").sink(1.5), CAUSAL & (kv > 5)]
+    ),
+    "moba": P["moba"](5, 2),
+    "quest": P["quest"](4, 1),
+    "moba within documents": P["moba"](4, 3) & P["document"]() | P["sinks"](1) & CAUSAL,
+    "what quest left out": ~P["quest"](3, 2) & CAUSAL,
+    "two choices of blocks": (P["moba"](6, 1) + 0.5 | P["quest"](4, 2)) & P["sliding_window"](14),
+    "blocks or a selection": P["moba"](7, 1) | P["sparsek"](4, gate="v"),
+    "bias where a block was chosen": CAUSAL + where(P["moba"](4, 1), SLOPE[h], 0),
+    "moba of a head": per_head([P["moba"](4, 1), P["sliding_window"](3)]) & P["learned_sinks"](),
     "selection of every key": P["sparsek"](10**9) & CAUSAL,
 }

@@ -26,8 +26,17 @@ class Key:
 Sees = Callable[[int, int, int], Sequence[Key]]
 
 
+# The logit that joins the denominator of a row; None where nothing does.
+Sink = Callable[[int, int, int], Tensor | None]
+
+
 def naive_attention(
-    query: Tensor, key: Tensor, value: Tensor, sees: Sees, added: Callable[[int, int, int], float] = lambda h, i, j: 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sees: Sees,
+    added: Callable[[int, int, int], float] = lambda h, i, j: 0.0,
+    sink: Sink = lambda b, h, i: None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, row by row; float64, differentiable."""
     groups = query.shape[1] // key.shape[1]
@@ -36,17 +45,18 @@ def naive_attention(
         for h in range(query.shape[1]):
             for i in range(query.shape[2]):
                 keys = sees(b, h, i)
+                logit = sink(b, h, i)
                 if not keys:
                     outs.append(0 * query[b, h, i].sum() * torch.ones(value.shape[-1], dtype=torch.float64))
-                    lses.append(torch.tensor(-math.inf, dtype=torch.float64))
+                    lses.append(torch.tensor(-math.inf, dtype=torch.float64) if logit is None else logit)
                     continue
                 scores = []
                 for k in keys:
                     product = query[b, h, i] @ key[b, h // groups, k.index] / math.sqrt(query.shape[-1])
                     log_gate = torch.as_tensor(k.on_logit, dtype=torch.float64).log()
                     scores.append(product * k.on_k + added(h, i, k.index) + log_gate)
-                row = torch.stack(scores)
-                weights = torch.softmax(row, 0)
+                row = torch.stack(scores if logit is None else [*scores, logit])
+                weights = torch.softmax(row, 0)[: len(keys)]
                 rows = [w * k.on_v * value[b, h // groups, k.index] for w, k in zip(weights, keys, strict=True)]
                 outs.append(torch.stack(rows).sum(0))
                 lses.append(torch.logsumexp(row, 0))

@@ -200,6 +200,13 @@ CAPTURED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "selects from a causal prefix. Pass the keys and scores of every position up to the last query.",
     ),
     (
+        "moba(4, 1)",
+        {"q_offset": 1},
+        ShapeError,
+        "query: got positions up to 12 with 12 keys, expected query positions below the key length, as the pattern "
+        "selects from a causal prefix. Pass the keys and scores of every position up to the last query.",
+    ),
+    (
         "document(cu_seqlens='ends')",
         {"ends": torch.tensor([0, 5, 11])},
         ShapeError,

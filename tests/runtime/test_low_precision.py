@@ -18,6 +18,10 @@ PATTERNS = {
     "hybrid": "causal & (sliding_window(64) | sinks(4) | sparsek(48, after=64)) + alibi",
     "logit": "sparsek(48, gate='logit')",
     "bias": "causal.score(softcap(20.0)) + relative_bias(16)",
+    "sinks": "causal & sliding_window(64) & learned_sinks",
+    "sinks and gates": "(sliding_window(16) | sparsek(24, after=16)) & learned_sinks",
+    "moba": "moba(16, 2)",
+    "quest": "quest(16, 2) & learned_sinks",
     "documents": "causal & document & (sliding_window(32) | sparsek(16, gate='v'))",
 }
 

@@ -166,3 +166,20 @@ def test_to_flex_gives_functions_for_plain_flex_attention() -> None:
     assert isinstance(selection, fs.language.Pattern)
     with pytest.raises(ExpressionError, match="got a pattern with a selection"):
         selection.to_flex()
+    blocks = fs.parse("moba(16, 2)")
+    assert isinstance(blocks, fs.language.Pattern)
+    with pytest.raises(ExpressionError) as refused:
+        blocks.to_flex()
+    assert str(refused.value) == (
+        "to_flex(moba(16, 2)): got a selection that depends on query and key, expected functions of indices and of "
+        "tensors that are known. Use flexsparse.compile, which chooses the blocks at each call."
+    )
+    sunk = fs.parse("causal.sink(0)")
+    assert isinstance(sunk, fs.language.Pattern)
+    with pytest.raises(ExpressionError) as caught:
+        sunk.to_flex()
+    assert str(caught.value) == (
+        "to_flex(causal().sink(0)): got a pattern with a sink, expected masks and scores alone: FlexAttention's "
+        "functions give every term of the softmax a key. Use flexsparse.compile, or apply out * sigmoid(lse - sink) "
+        "to what flex_attention returns."
+    )
