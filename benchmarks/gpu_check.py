@@ -71,7 +71,16 @@ def main() -> int:
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
     options = ["-q", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    tests = run(sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", *options)
+    tests = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/gpu",
+        "tests/codegen/kernels/test_selection_kernels.py",
+        "-m",
+        "gpu",
+        *options,
+    )
     demo = run(sys.executable, "-m", "flexsparse", "demo")
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))
     result = {

@@ -25,7 +25,7 @@ from flexsparse.pipeline import Bound, bind_call, bind_shapes, compile_pattern
 from flexsparse.plan import Plan, learnable_names
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
-from flexsparse.runtime.flex import Launchers, attend_flex
+from flexsparse.runtime.flex import Launchers, attend_flex, recompute
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.runtime.sink import with_sink
 from flexsparse.settings import Settings
@@ -322,7 +322,12 @@ class CompiledAttention:
         if not self.ir.has_sink:
             return out, lse
         assert lse is not None
-        return with_sink(work, tensors, out, lse)
+        alone = tuple(n in self.ir.sink_only for n in names)
+        if bound.plan.shapes.dtype is not torch.float32 or deterministic is False:
+            return with_sink(work, tensors, out, lse)
+        # A sink's gradient sums the rounding of lse over all queries, which float32 shows: it is computed again.
+        fixed = tuple(t.detach() if a else t for t, a in zip(tensors, alone, strict=True))
+        return recompute(replace(work, sink=True), alone, *with_sink(work, fixed, out, lse), operands, tensors)
 
 
 @functools.lru_cache(maxsize=256)

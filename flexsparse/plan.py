@@ -174,7 +174,8 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
     if program.has_sink and chosen.startswith("flex"):
         notes.append(
             "The sink joins the softmax after the attention: out * sigmoid(lse - sink), lse logaddexp(lse, sink); its "
-            "gradient is a plain sum, bit-identical between runs."
+            "gradient is a plain sum, bit-identical between runs; in float32 it is recomputed, unless "
+            "deterministic=False."
         )
     if chosen == "flex" and shapes.needs_grad:
         recomputed = [name for name in learnable_names(program) if name not in program.sink_only]

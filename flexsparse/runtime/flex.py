@@ -59,10 +59,24 @@ def attend_flex(
         kept, kept_lse = launchers.plain(*common, (mask_mod, functions["kept_score_mod"]), lists, True)
         _, lost_lse = launchers.lost(*common, (mask_mod, functions["lost_score_mod"]), lists, True)
         out, lse = _joined(kept, kept_lse, lost_lse, functions["gate_total"])
-    if carried and torch.is_grad_enabled():
+    if carried:
         assert lse is not None
-        out, lse = _Recomputed.apply(work, recomputed, out, lse, *operands, *tensors)
+        out, lse = recompute(work, recomputed, out, lse, operands, tensors)
     return out, lse
+
+
+def recompute(
+    work: Work,
+    recomputed: tuple[bool, ...],
+    out: Tensor,
+    lse: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """out and lse, from which the marked tensors get the gradients that the chunked path computes."""
+    if not torch.is_grad_enabled() or not any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True)):
+        return out, lse
+    return _Recomputed.apply(work, recomputed, out, lse, *operands, *tensors)
 
 
 def _joined(kept: Tensor, kept_lse: Tensor | None, lost_lse: Tensor | None, total: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 With lse the logarithm of the sum over keys, a sink of logit t leaves out * sigmoid(lse - t), and the whole sum's
 logarithm is logaddexp(lse, t). Both are plain PyTorch, so the sink's gradient is a sum in a fixed order, and it costs
-[B, H, S_q] numbers. The chunked path counts the sink in its own sums instead.
+[B, H, S_q] numbers. It sums the rounding of lse over all queries, which shows in float32: there the compiler takes the
+gradient from the chunked path. The chunked path counts the sink in its own sums instead.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from tests.ops.regimes import REGIMES, draw
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter"),
 ]
 # The interpreter takes seconds a case: every kind of difficulty once, and on a GPU everything.
