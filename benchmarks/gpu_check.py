@@ -65,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
     parser.add_argument("--commit", default="unknown", help="the commit that is measured")
-    parser.add_argument("--workers", type=int, default=8, help="test processes; most of the time is compilation")
+    parser.add_argument("--workers", type=int, default=16, help="test processes; most of the time is compilation")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device here: this program measures one.", file=sys.stderr)

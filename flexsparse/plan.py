@@ -172,10 +172,14 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
     if gated and chosen.startswith("flex"):
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
     if program.has_sink and chosen.startswith("flex"):
+        again = shapes.dtype.itemsize == 4 and shapes.needs_grad and settings.deterministic is not False
         notes.append(
             "The sink joins the softmax after the attention: out * sigmoid(lse - sink), lse logaddexp(lse, sink); its "
-            "gradient is a plain sum, bit-identical between runs; in float32 it is recomputed, unless "
-            "deterministic=False."
+            + (
+                "gradient is recomputed in float32."
+                if again
+                else "gradient is a plain sum, bit-identical between runs."
+            )
         )
     if chosen == "flex" and shapes.needs_grad:
         recomputed = [name for name in learnable_names(program) if name not in program.sink_only]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 import flexsparse as fs
 from flexsparse.language import captured, h, q
 from flexsparse.patterns import catalogue
+from flexsparse.tolerance import evaluate, judge
 from tests.helpers import Inputs, assert_close, assert_same_result, make_inputs, oracle, run, torchs_own_warnings
 from tests.runtime.naive import Key, gates_of, naive_attention
+from tests.runtime.test_low_precision import call_of as low_precision_call
 
 P: Any = catalogue()
 SINK: Any = captured("sink_logits", dims=("h",), learnable=True)
@@ -53,6 +56,19 @@ def test_rows_that_see_no_key_give_zero_and_the_sink(backend: str) -> None:
     logits = inputs().captured["sink_logits"].detach()
     assert (got.out[:, :, [0, 5]] == 0).all()
     assert torch.equal(got.lse[:, :, 5], (5 * logits).expand(2, 4))
+
+
+@torchs_own_warnings
+def test_a_sinks_gradient_in_float32_does_not_sum_the_rounding_of_lse() -> None:
+    pattern: Any = P["causal"]() & P["learned_sinks"]()
+    shares = []
+    for seed in range(4):
+        call = low_precision_call(pattern, torch.float32, 500, heads=4, kv_heads=2)
+        torch.manual_seed(seed)
+        call = replace(call, grad_out=torch.randn_like(call.grad_out))
+        got = evaluate(fs.compile(pattern, backend="flex_eager"), call)
+        shares += [c.share for c in judge(pattern, got, call) if c.name == "d sink_logits"]
+    assert max(shares) < 0.6
 
 
 @torchs_own_warnings
@@ -149,6 +165,8 @@ def test_the_plan_says_what_the_sink_costs() -> None:
     assert "out * sigmoid(lse - sink)" in str(told)
     assert "sink       = sink_logits[h]" in attention.code("ir")
     assert not any("recomputed" in note for note in told.plan.notes), "the sink needs no second pass over the keys"
+    wide = attention.explain(q_len=256, head_dim=64, heads=4, device="cuda", needs_grad=True, dtype=torch.float32)
+    assert any("its gradient is recomputed in float32" in note for note in wide.plan.notes)
     with pytest.raises(fs.errors.BackendError, match="A sink needs the LSE"):
         fs.compile("causal.sink(0)", backend="flex").bind(q_len=64, head_dim=16, dtype=torch.float32)
 

@@ -1,0 +1,144 @@
+"""The causal operators as PyTorch operators: under compile, vmap, autocast, and with slots that hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from flexsparse.errors import DtypeError, GradientError, PatternArgumentError, ShapeError
+from flexsparse.ops import causal_select, causal_sparsek, causal_topk, dense_gates, gates, slot_table
+from tests.ops.regimes import REGIMES, draw
+
+IDS = torch.tensor([0] * 9 + [1] * 1 + [2] * 30)
+
+
+@pytest.mark.parametrize("segments", [None, IDS.expand(2, 40)])
+def test_operators_pass_torchs_own_checks(segments: Any) -> None:
+    u = torch.randn(2, 40, requires_grad=True)
+    # The gradient is checked in test_causal; opcheck's own compares it under AOT autograd with the eager one.
+    torch.library.opcheck(torch.ops.flexsparse.causal_selection.default, (u, 5, 2, segments, True, True))
+    _, lived = causal_select(u.detach(), 5, 2, segments)
+    torch.library.opcheck(torch.ops.flexsparse.slot_table.default, (*lived, 5, 16))
+
+
+def test_compile_takes_the_whole_graph_with_gradients() -> None:
+    def loss(u: torch.Tensor) -> torch.Tensor:
+        tau = causal_sparsek(u, 4, 3, IDS, validate=False).tau
+        birth, death, _ = causal_topk(u, 4, 3, IDS, validate=False)
+        return torch.where(torch.isinf(tau), 0.0, tau).square().sum() + (death - birth).sum()
+
+    u = torch.randn(3, 40, requires_grad=True)
+    found = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = run(u)
+        found.append((value, *torch.autograd.grad(value, u)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_vmap_is_a_batch_dimension() -> None:
+    u = torch.randn(2, 3, 5, 40)
+    for dim in (0, 1):
+        got = torch.func.vmap(lambda x: causal_sparsek(x, 4, 1, IDS, validate=False).tau, in_dims=dim, out_dims=dim)(u)
+        assert torch.equal(got, causal_sparsek(u, 4, 1, IDS).tau)
+
+
+def test_autocast_changes_nothing() -> None:
+    u = torch.randn(2, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tau = causal_sparsek(u, 4).tau
+    assert tau.dtype is torch.float32
+    assert torch.equal(tau, causal_sparsek(u, 4).tau)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_scores_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    u = torch.randn(2, 40).to(dtype).requires_grad_()
+    tau = causal_sparsek(u, 4).tau
+    assert tau.dtype is torch.float32
+    assert torch.equal(tau, causal_sparsek(u.detach().float(), 4).tau)
+    (gradient,) = torch.autograd.grad(tau[:, 5:].sum(), u)
+    assert gradient.dtype is dtype
+
+
+def test_both_at_once_are_each_alone() -> None:
+    u = torch.randn(2, 40)
+    thresholds, selection = causal_select(u, 4, 3, IDS)
+    for one, other in zip(thresholds, causal_sparsek(u, 4, 3, IDS), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(selection, causal_topk(u, 4, 3, IDS), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("segments", [None, IDS])
+def test_a_slot_holds_one_key_at_a_time_and_the_table_finds_it(regime: str, segments: Any) -> None:
+    k, after, chunk = 5, 2, 4
+    u = draw(regime, 40, 3)
+    selection = causal_topk(u, k, after, segments)
+    birth, death, slot = (x.tolist() for x in selection)
+    table = slot_table(selection, k, chunk).tolist()
+    for query in range(40):
+        alive = [j for j in range(40) if birth[j] <= query < death[j]]
+        held = [slot[j] for j in alive]
+        assert len(set(held)) == len(held)
+        assert all(0 <= s < k for s in held)
+        if query % chunk == 0:
+            wanted = [-1] * k
+            for j in alive:
+                wanted[slot[j]] = j
+            assert table[query // chunk] == wanted
+    assert all(slot[j] == -1 for j in range(40) if birth[j] == death[j])
+
+
+def test_gates_of_chosen_pairs_are_entries_of_the_dense_form() -> None:
+    u = torch.randn(2, 3, 12, dtype=torch.float64)
+    tau = causal_sparsek(u, 4).tau
+    dense = dense_gates(u, tau)
+    queries, keys = torch.randint(0, 12, (2, 2, 3, 50)).unbind(0)
+    assert torch.equal(gates(u, tau, queries, keys), dense.flatten(-2).gather(-1, 12 * queries + keys))
+    # A shared list of pairs, and empty slots.
+    pairs = gates(u, tau, torch.tensor([7, 7, 7]), torch.tensor([3, -1, 0]))
+    assert torch.equal(pairs[..., 0], dense[..., 7, 3])
+    assert (pairs[..., 1] == 0).all()
+
+
+def test_gates_at_infinities() -> None:
+    u = torch.tensor([math.inf, -math.inf, 0.0])
+    tau = torch.tensor([-math.inf, math.inf, 0.5])
+    assert dense_gates(u, tau).tolist() == [[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_gradients_flow_through_the_gates_and_sum_to_zero_where_nothing_saturates() -> None:
+    u = torch.randn(9, dtype=torch.float64, requires_grad=True)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        tau = causal_sparsek(x, 2).tau
+        keys = torch.arange(9)
+        return (gates(x, tau, torch.full((9,), 8), keys) * torch.linspace(-1, 1, 9, dtype=torch.float64)).sum()
+
+    assert torch.autograd.gradcheck(total, (u,))
+    (gradient,) = torch.autograd.grad(total(u), u)
+    assert abs(float(gradient.sum())) < 1e-12
+
+
+def test_bad_input_is_refused_in_words() -> None:
+    u = torch.zeros(3, 8)
+    with pytest.raises(ShapeError, match=r"tau: got shape \(3, 7\), expected u's shape, \(3, 8\)"):
+        gates(u, u[:, :7], torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(DtypeError, match=r"key_index: got torch\.float32, expected integers"):
+        gates(u, u, torch.zeros(1, dtype=torch.long), torch.zeros(1))
+    with pytest.raises(ShapeError, match=r"key_index: got shape \(2, 4\) beside query_index \(5,\)"):
+        gates(u, u, torch.zeros(5, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(PatternArgumentError, match="chunk: got 0, expected an integer of at least 1"):
+        slot_table(causal_topk(u, 2), 2, 0)
+
+
+def test_a_second_derivative_is_refused_by_name_under_any_batch() -> None:
+    u = torch.randn(2, 9, requires_grad=True)
+    (first,) = torch.autograd.grad(causal_sparsek(u, 2).tau[:, 3:].square().sum(), u, create_graph=True)
+    with pytest.raises(GradientError, match="a second derivative of tau in u"):
+        first.sum().backward()
