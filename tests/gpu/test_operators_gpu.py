@@ -54,7 +54,7 @@ def test_two_runs_and_the_cpu_give_the_same_bits_at_length(slope: float) -> None
     for one, other, here in zip(first, second, everything(u), strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one.cpu(), here)
-    gradients = []
+    gradients: list[Tensor] = []
     for _ in range(2):
         leaf = there.clone().requires_grad_()
         tau = causal_sparsek(leaf, 64, 10).tau
