@@ -23,14 +23,11 @@ def block_lists(tiles: Tiles) -> BlockLists:
     """
     if tiles.lists:
         return tuple(tiles.lists)
-    made: list[Tensor] = []
-    forward = (tiles.partial, tiles.full)
     # What is kept serves training as well, so it must not be made of inference tensors.
     with torch.inference_mode(False):
-        backward = (tiles.partial.transposed(), tiles.full.transposed())
-        for partial, full in (forward, backward):
-            left, right = index_pair(partial, full)
-            made += [partial.count.contiguous(), left, full.count.contiguous(), right]
+        sets = tuple(x.take_heads(tiles.head_rows) if tiles.head_rows else x for x in (tiles.partial, tiles.full))
+        turned = tuple(x.transposed(tiles.device) for x in sets)
+        made = [*index_pair(*sets, tiles.device), *index_pair(*turned, tiles.device)]
     if sum(tensor.nbytes for tensor in made) <= _KEPT_BYTES:
         tiles.lists.extend(made)
     return tuple(made)

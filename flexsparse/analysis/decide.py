@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.bounds import Bounds, Region, bounds
+from flexsparse.analysis.bounds import bounds
+from flexsparse.analysis.region import Bounds, Region
 from flexsparse.ir.nodes import Node
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -107,7 +108,7 @@ def box_bounds(mask: Node, boxes: Boxes, region: Region) -> Bounds:
         "q": Bounds(boxes.q_low, boxes.q_high),
         "kv": Bounds(boxes.kv_low, boxes.kv_high),
     }
-    found = bounds(mask, Region(ranges, region.sizes, region.tensors, region.device))
+    found = bounds(mask, region.over(ranges))
     return Bounds(found.low.expand(len(boxes)), found.high.expand(len(boxes)))
 
 

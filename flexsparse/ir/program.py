@@ -35,6 +35,10 @@ class Gate(Node):
         return Kind.REAL
 
 
+# The numbers of every per_head list of the program.
+Tables = tuple[tuple[int | float, ...], ...]
+
+
 @dataclass(frozen=True)
 class Program:
     """What the lowerings read. Gates are REAL expressions, the constant 1 where nothing gates.
@@ -52,7 +56,7 @@ class Program:
     gate_logit: Node
     selections: tuple[SelectionNode, ...]
     tensors: tuple[TensorSpec, ...]
-    tables: tuple[tuple[int | float, ...], ...] = ()
+    tables: Tables = ()
     head_groups: tuple[int, ...] = ()
     idle: tuple[str, ...] = ()
 
