@@ -16,19 +16,21 @@ from torch import Tensor
 
 from flexsparse.analysis.bands import rows
 from flexsparse.analysis.bounds import bounds
-from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, decide
+from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, Look, decide, look_at_grid
 from flexsparse.analysis.edges import TileSets, query_ranges, ragged, tile_sets
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
 from flexsparse.analysis.region import Bounds, Region
 from flexsparse.ir import nodes
-from flexsparse.ir.nodes import Load, Node, walk
+from flexsparse.ir.nodes import Load, Node, Opaque, walk
 from flexsparse.ir.program import Selected, Tables, table_name
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors", "region_of"]
 
 # Rows of tiles up to this many are found on the host, for masks on an accelerator too.
 _HOST_ROWS = 1 << 16
+# Tiles that are looked at together where all tiles of a row are.
+_GRID = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -138,20 +140,26 @@ def classify(
         return Tiles(Spans(sets.partial), Spans(sets.full), block, sizes, device, head_rows)
     if home != device:
         region = region_of(sizes, _with_numbers(tensors or {}, tables, device), count[0], heads, block, device)
-    partial, full, undecided = _decided(mask, sets, sizes, region, heads, block)
+    partial, full, undecided = _decided(mask, sets, sizes, region, block)
     return Tiles(partial, full, block, sizes, device, head_rows, undecided)
 
 
 def _decided(
-    mask: Node, sets: TileSets, sizes: Sizes, region: Region, heads: list[int], block: int
+    mask: Node, sets: TileSets, sizes: Sizes, region: Region, block: int
 ) -> tuple[Spans | Listed, Spans | Listed, int]:
     """The PARTIAL and the FULL tiles once the unknown ones were examined one by one, and how many stay undecided."""
     assert sets.unknown is not None
     unknown = Spans(sets.unknown.to(region.device)).listed()
     # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
     exact = not any(isinstance(n, Selected) for n in walk(mask))
-    kind, undecided = decide(mask, _boxes(unknown, sizes, heads, block), region, exact=exact)
-    _, _, row, column = unknown.coordinates()
+    at = unknown.coordinates()
+    _, _, row, column = at
+    b, h = region.ranges["b"].low.flatten(), region.ranges["h"].low.flatten()
+    boxes = _boxes(b[at[0]], h[at[1]], row, column, sizes, block)
+    look = None
+    if exact and _fills_its_grid(mask, unknown):
+        look = _look_by_rows(mask, unknown, sizes, block, region).at(at)
+    kind, undecided = decide(mask, boxes, region, exact=exact, look=look)
     kind = torch.where(ragged(row, column, sizes.q_len, sizes.kv_len, block) & (kind == FULL), PARTIAL, kind)
     partial, full = (
         merged(Spans(known.to(region.device)), from_mask(unknown, kind == wanted))
@@ -186,12 +194,30 @@ def _named(sizes: Sizes) -> dict[str, int]:
     return {"q_len": sizes.q_len, "kv_len": sizes.kv_len, "heads": sizes.heads}
 
 
-def _boxes(tiles: Listed, sizes: Sizes, heads: list[int], block: int) -> Boxes:
-    b, h, row, column = tiles.coordinates()
-    h = torch.tensor(heads, device=h.device)[h]
+def _boxes(b: Tensor, h: Tensor, row: Tensor, column: Tensor, sizes: Sizes, block: int) -> Boxes:
     q_low, kv_low = row * block + sizes.q_offset, column * block
     q_high = (q_low + block - 1).clamp(max=sizes.q_offset + sizes.q_len - 1)
     return Boxes(b, h, q_low, q_high, kv_low, (kv_low + block - 1).clamp(max=sizes.kv_len - 1))
+
+
+def _fills_its_grid(mask: Node, tiles: Listed) -> bool:
+    """Whether a look at every tile costs less than at those listed; untraced functions are looked at one by one."""
+    opaque = any(isinstance(n, Opaque) for n in walk(mask))
+    return not opaque and 4 * len(tiles.column) >= tiles.count.numel() * tiles.columns
+
+
+def _look_by_rows(mask: Node, tiles: Listed, sizes: Sizes, block: int, region: Region) -> Look:
+    """A first look at every tile, [B, H, R, C]; so many rows at once that memory stays bounded."""
+    batch, heads, rows_ = tiles.count.shape
+    b, h = region.ranges["b"].low.reshape(-1, 1, 1, 1), region.ranges["h"].low.reshape(1, -1, 1, 1)
+    column = torch.arange(tiles.columns, device=region.device).reshape(1, 1, 1, -1)
+    step = max(1, _GRID // (batch * heads * tiles.columns))
+    looks = []
+    for first in range(0, rows_, step):
+        row = torch.arange(first, min(first + step, rows_), device=region.device).reshape(1, 1, -1, 1)
+        looks.append(look_at_grid(mask, _boxes(b, h, row, column, sizes, block), region))
+    seen, hidden, still = (torch.cat([getattr(x, name) for x in looks], 2) for name in ("seen", "hidden", "open"))
+    return Look(seen, hidden, still)
 
 
 def index_errors(node: Node, sizes: Sizes, tensors: Mapping[str, Tensor]) -> list[tuple[Load, int, int, int]]:
