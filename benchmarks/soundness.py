@@ -3,7 +3,9 @@
     python benchmarks/soundness.py --cases 100000 --seed 0 --out benchmarks/results/soundness.json
 
 A case is drawn from the seed and its number alone, so a run may stop (--seconds) and another continue: cases that the
-file has already are not run again, and each run is listed with its cases and its commit. Each case draws an expression over q, kv, b, h and captured tensors, with // % negatives, where, ^ and abs, classifies
+file has already are not run again, and each run is listed with its cases and its commit.
+
+Each case draws an expression over q, kv, b, h and captured tensors, with // % negatives, where, ^ and abs, classifies
 its tiles at a random small size, and compares every tile with the dense mask of the oracle. A FULL tile that is not
 full, or an EMPTY one that is not empty, ends the run with the expression.
 """

@@ -25,9 +25,13 @@ def block_lists(tiles: Tiles) -> BlockLists:
         return tuple(tiles.lists)
     # What is kept serves training as well, so it must not be made of inference tensors.
     with torch.inference_mode(False):
-        sets = tuple(x.take_heads(tiles.head_rows) if tiles.head_rows else x for x in (tiles.partial, tiles.full))
-        turned = tuple(x.transposed(tiles.device) for x in sets)
-        made = [*index_pair(*sets, tiles.device), *index_pair(*turned, tiles.device)]
+        partial, full = tiles.partial, tiles.full
+        if tiles.head_rows:
+            partial, full = partial.take_heads(tiles.head_rows), full.take_heads(tiles.head_rows)
+        made = [
+            *index_pair(partial, full, tiles.device),
+            *index_pair(partial.transposed(tiles.device), full.transposed(tiles.device), tiles.device),
+        ]
     if sum(tensor.nbytes for tensor in made) <= _KEPT_BYTES:
         tiles.lists.extend(made)
     return tuple(made)

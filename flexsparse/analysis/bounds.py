@@ -6,6 +6,7 @@ sound: the true range lies inside. Captured tensors take part through range mini
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,12 +112,19 @@ def _equal(a: Bounds, b: Bounds) -> Bounds:
 
 def _hull(candidates: list[Tensor]) -> Bounds:
     """From the least to the greatest candidate; NaN (0 times infinity, say) widens to everything."""
-    stacked = torch.stack(torch.broadcast_tensors(*candidates))
-    low, high = stacked.amin(0), stacked.amax(0)
-    if stacked.is_floating_point():
-        unclear = torch.isnan(stacked).any(0)
+    low = functools.reduce(torch.minimum, candidates)
+    high = low if len(candidates) == 1 else functools.reduce(torch.maximum, candidates)
+    if low.is_floating_point():
+        # minimum and maximum hand NaN on.
+        unclear = torch.isnan(low)
         return Bounds(low.masked_fill(unclear, -torch.inf), high.masked_fill(unclear, torch.inf))
-    return Bounds(low.clamp(-_FAR, _FAR), high.clamp(-_FAR, _FAR))
+    low = low.clamp(-_FAR, _FAR)
+    return Bounds(low, low if len(candidates) == 1 else high.clamp(-_FAR, _FAR))
+
+
+def _ends(x: Bounds) -> tuple[Tensor, ...]:
+    """The ends of an interval, once where they are one."""
+    return (x.low,) if x.low is x.high else (x.low, x.high)
 
 
 def _clear(low: Tensor, high: Tensor) -> Bounds:
@@ -127,13 +135,12 @@ def _clear(low: Tensor, high: Tensor) -> Bounds:
 
 
 def _mul(a: Bounds, b: Bounds) -> Bounds:
-    if not a.low.is_floating_point():
-        # Unbounded integers are clamped so that products cannot wrap.
-        near = [x.clamp(-(1 << 31), 1 << 31) for x in (a.low, a.high, b.low, b.high)]
-        if not all(torch.equal(x, y) for x, y in zip(near, (a.low, a.high, b.low, b.high), strict=True)):
-            far = torch.full_like(a.low * b.low, _FAR)
-            return Bounds(-far, far)
-    return _hull([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
+    whole = not a.low.is_floating_point()
+    # Products of integers beyond 2^31 could wrap: they may be anything.
+    if whole and not all(torch.equal(x.clamp(-(1 << 31), 1 << 31), x) for x in (*_ends(a), *_ends(b))):
+        far = torch.full_like(a.low * b.low, _FAR)
+        return Bounds(-far, far)
+    return _hull([x * y for x in _ends(a) for y in _ends(b)])
 
 
 def _crosses_zero(b: Bounds) -> Tensor:
@@ -143,9 +150,8 @@ def _crosses_zero(b: Bounds) -> Tensor:
 def _quotient(rounding: str | None) -> Callable[[Bounds, Bounds], Bounds]:
     def rule(a: Bounds, b: Bounds) -> Bounds:
         zero = _crosses_zero(b)
-        safe = Bounds(torch.where(zero, 1, b.low), torch.where(zero, 1, b.high))
-        corners = [torch.div(x, y, rounding_mode=rounding) for x in (a.low, a.high) for y in (safe.low, safe.high)]
-        result = _hull(corners)
+        divisors = [torch.where(zero, 1, end) for end in _ends(b)]
+        result = _hull([torch.div(x, y, rounding_mode=rounding) for x in _ends(a) for y in divisors])
         far = torch.inf if result.low.is_floating_point() else _FAR
         return Bounds(torch.where(zero, -far, result.low), torch.where(zero, far, result.high))
 
@@ -156,10 +162,12 @@ def _mod(a: Bounds, b: Bounds) -> Bounds:
     """Floor remainder: exact inside one period of a constant divisor, else between 0 and the divisor."""
     constant = (b.low == b.high) & (b.low != 0)
     divisor = torch.where(constant, b.low, 1)
-    one_period = constant & (
-        torch.div(a.low, divisor, rounding_mode="floor") == torch.div(a.high, divisor, rounding_mode="floor")
-    )
-    inside = (torch.remainder(a.low, divisor), torch.remainder(a.high, divisor))
+    if a.low is a.high:
+        one_period, inside = constant, [torch.remainder(a.low, divisor)] * 2
+    else:
+        first, last = (torch.div(end, divisor, rounding_mode="floor") for end in (a.low, a.high))
+        # Where both ends lie in one period, what is left of each is its remainder.
+        one_period, inside = constant & (first == last), [a.low - first * divisor, a.high - last * divisor]
     low, high = (b.low + 1).clamp(max=0), (b.high - 1).clamp(min=0)
     exact_low, exact_high = torch.minimum(*inside), torch.maximum(*inside)
     return Bounds(torch.where(one_period, exact_low, low), torch.where(one_period, exact_high, high))

@@ -65,7 +65,8 @@ class Intervals:
         """The same on another device, in one copy."""
         if self.low.device == device:
             return self
-        return Intervals(*torch.stack((self.low, self.high)).to(device).unbind(0), self.size)
+        low, high = torch.stack((self.low, self.high)).to(device).unbind(0)
+        return Intervals(low, high, self.size)
 
 
 def union(sets: list[Intervals]) -> Intervals:

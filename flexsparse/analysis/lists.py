@@ -180,6 +180,8 @@ def _rows(out: Tensor) -> Tensor:
 
 def from_mask(chosen: Listed, keep: Tensor) -> Listed:
     """The tiles of a list that ``keep`` [T] marks."""
+    if bool(keep.all()):
+        return chosen
     flat = chosen.count.flatten().long()
     owner = _owners(flat)
     count = torch.bincount(owner[keep], minlength=len(flat)).int().reshape(chosen.count.shape)
@@ -191,6 +193,8 @@ def merged(one: Spans | Listed, other: Listed) -> Spans | Listed:
     if not len(other.column):
         return one
     left = one.listed()
+    if not len(left.column):
+        return other
     keys = []
     for part in (left, other):
         owner = _owners(part.count.flatten().long())

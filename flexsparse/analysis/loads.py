@@ -1,4 +1,4 @@
-"""Captured tensors in an analysis: the range of their values over ranges of their indices, and search in sorted ones."""
+"""Captured tensors in an analysis: the range of their values over ranges of indices, and search in sorted ones."""
 
 from __future__ import annotations
 

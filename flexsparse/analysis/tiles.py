@@ -20,6 +20,7 @@ from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, Look, decide
 from flexsparse.analysis.edges import TileSets, query_ranges, ragged, tile_sets
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
+from flexsparse.analysis.queries import pairs_seen
 from flexsparse.analysis.region import Bounds, Region
 from flexsparse.ir import nodes
 from flexsparse.ir.nodes import Load, Node, Opaque, walk
@@ -31,6 +32,8 @@ __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on
 _HOST_ROWS = 1 << 16
 # Tiles that are looked at together where all tiles of a row are.
 _GRID = 1 << 18
+# Unknown tiles a row from which on its queries are solved one by one instead.
+_MANY = 4
 
 
 @dataclass(frozen=True)
@@ -140,32 +143,54 @@ def classify(
         return Tiles(Spans(sets.partial), Spans(sets.full), block, sizes, device, head_rows)
     if home != device:
         region = region_of(sizes, _with_numbers(tensors or {}, tables, device), count[0], heads, block, device)
-    partial, full, undecided = _decided(mask, sets, sizes, region, block)
+    partial, full, undecided = _decided(mask, sets, sizes, region, block, solved=found.solved)
     return Tiles(partial, full, block, sizes, device, head_rows, undecided)
 
 
 def _decided(
-    mask: Node, sets: TileSets, sizes: Sizes, region: Region, block: int
+    mask: Node, sets: TileSets, sizes: Sizes, region: Region, block: int, *, solved: bool
 ) -> tuple[Spans | Listed, Spans | Listed, int]:
     """The PARTIAL and the FULL tiles once the unknown ones were examined one by one, and how many stay undecided."""
     assert sets.unknown is not None
     unknown = Spans(sets.unknown.to(region.device)).listed()
-    # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
-    exact = not any(isinstance(n, Selected) for n in walk(mask))
-    at = unknown.coordinates()
-    _, _, row, column = at
-    b, h = region.ranges["b"].low.flatten(), region.ranges["h"].low.flatten()
-    boxes = _boxes(b[at[0]], h[at[1]], row, column, sizes, block)
-    look = None
-    if exact and _fills_its_grid(mask, unknown):
-        look = _look_by_rows(mask, unknown, sizes, block, region).at(at)
-    kind, undecided = decide(mask, boxes, region, exact=exact, look=look)
-    kind = torch.where(ragged(row, column, sizes.q_len, sizes.kv_len, block) & (kind == FULL), PARTIAL, kind)
+    kind, undecided = _counted(mask, unknown, sizes, region, block) if solved else None, 0
+    if kind is None:
+        kind, undecided = _looked_at(mask, unknown, sizes, region, block)
     partial, full = (
         merged(Spans(known.to(region.device)), from_mask(unknown, kind == wanted))
         for known, wanted in ((sets.partial, PARTIAL), (sets.full, FULL))
     )
     return partial, full, undecided
+
+
+def _counted(mask: Node, tiles: Listed, sizes: Sizes, region: Region, block: int) -> Tensor | None:
+    """The kinds of listed tiles from what each query sees; None where looking at the tiles is easier."""
+    b, h, row, column = tiles.coordinates()
+    used = (tiles.count > 0).any(0).any(0).nonzero().flatten()
+    if len(row) <= _MANY * len(used):
+        return None
+    starts = used * block + sizes.q_offset
+    seen = pairs_seen(mask, region, starts, sizes.q_offset + sizes.q_len, block)
+    if seen is None:
+        return None
+    pairs = seen[b, h, torch.searchsorted(used, row), column]
+    return torch.where(pairs == block * block, FULL, torch.where(pairs == 0, EMPTY, PARTIAL))
+
+
+def _looked_at(mask: Node, tiles: Listed, sizes: Sizes, region: Region, block: int) -> tuple[Tensor, int]:
+    """The kinds of listed tiles by looks at them, and how many stay undecided."""
+    at = tiles.coordinates()
+    _, _, row, column = at
+    b, h = region.ranges["b"].low.flatten(), region.ranges["h"].low.flatten()
+    boxes = _boxes(b[at[0]], h[at[1]], row, column, sizes, block)
+    # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
+    exact = not any(isinstance(n, Selected) for n in walk(mask))
+    look = None
+    if exact and _fills_its_grid(mask, tiles):
+        look = _look_by_rows(mask, tiles, sizes, block, region).at(at)
+    kind, undecided = decide(mask, boxes, region, exact=exact, look=look)
+    over = ragged(row, column, sizes.q_len, sizes.kv_len, block)
+    return torch.where(over & (kind == FULL), PARTIAL, kind), undecided
 
 
 def _with_numbers(tensors: Mapping[str, Any], tables: Tables, device: torch.device) -> dict[str, Any]:
