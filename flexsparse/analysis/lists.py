@@ -159,7 +159,7 @@ def index_pair(one: Spans | Listed, other: Spans | Listed, device: torch.device)
     if columns * counts[0].numel() * 4 <= _ROOMY_BYTES:
         indices = [torch.empty(*shape, columns, dtype=torch.int32, device=device) for _ in sets]
     else:
-        widths = [max(width, 1) for width in torch.stack([count.max() for count in counts]).tolist()]
+        widths = [max(int(count.max()), 1) for count in counts]
         buffer = torch.empty(*shape, sum(widths), dtype=torch.int32, device=device)
         indices = list(buffer.split(widths, -1))
     counts = [count.to(device).contiguous() for count in counts]
