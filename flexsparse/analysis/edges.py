@@ -66,14 +66,14 @@ def _part(x: Intervals, side: int, queries: int) -> Intervals:
 def _single_spans(touched: Intervals, covered: Intervals) -> tuple[TileSets, bool]:
     """One span of tiles a row: the sets, and whether every tile between touched and full is PARTIAL for certain."""
     some, full = _part(touched, 0, WHOLE), _part(covered, 1, WHOLE)
-    seen_low, seen_high = (end[1, :, :, FIRST:] for end in (touched.low, touched.high))
-    low, high = seen_low.amin(2), seen_high.amax(2)
+    first, last = (_part(touched, 1, queries) for queries in (FIRST, LAST))
+    low, high = torch.minimum(first.low, last.low), torch.maximum(first.high, last.high)
     # The spans of first and last have no gap between them, or one of them is empty and ends at -1.
-    least_high = seen_high.amin(2)
-    joined = (seen_low.amax(2) <= least_high + 1) | (least_high < 0)
+    least_high = torch.minimum(first.high, last.high)
+    joined = (torch.maximum(first.low, last.low) <= least_high + 1) | (least_high < 0)
     seen = (some.low > some.high) | (joined & (low == some.low) & (high == some.high))
-    both_low, both_high = covered.low[0, :, :, FIRST:].amax(2), covered.high[0, :, :, FIRST:].amin(2)
-    hidden = (both_low > both_high) | ((both_low == full.low) & (both_high == full.high))
+    both = _part(covered, 0, FIRST) & _part(covered, 0, LAST)
+    hidden = (both.low > both.high) | ((both.low == full.low) & (both.high == full.high))
     proved = bool((seen & hidden).all())
     # Where no tile is full, nothing lies before the span of the full ones, and everything behind it.
     none = full.low > full.high

@@ -72,28 +72,28 @@ class Spans:
             into[begin : begin + rows] = column.masked_fill_(slots >= total[begin : begin + rows], 0)
 
     def transposed(self, device: torch.device) -> Spans | Listed:
-        """For each column its rows: by binary search where the spans move one way, else tile by tile on ``device``."""
-        found = self._searched(self.intervals.low, self.intervals.high)
+        """For each column its rows: by counting ends where the spans move one way, else tile by tile on ``device``."""
+        found = self._turned(self.intervals.low, self.intervals.high)
         if found is None:
             low, high = self.intervals.low, self.intervals.high
             empty = low > high
             seen = (~empty).cumsum(-2) > 0
             # Empty rows in front end before the first column, later ones lie behind the last.
             low = torch.where(empty, torch.where(seen, self.columns, 0), low)
-            found = self._searched(low, torch.where(empty, torch.where(seen, self.columns, -1), high))
+            found = self._turned(low, torch.where(empty, torch.where(seen, self.columns, -1), high))
         return found or self.listed().to(device).transposed(device)
 
-    def _searched(self, low: Tensor, high: Tensor) -> Spans | None:
-        """By binary search, where no end falls from row to row; an empty row may stand between others as low > high."""
-        ends = torch.stack((low, high))
+    def _turned(self, low: Tensor, high: Tensor) -> Spans | None:
+        """By counting, where no end falls from row to row; an empty row may stand between others as low > high."""
+        ends = torch.stack((high + 1, low))
         if bool((ends[..., 1:, :] < ends[..., :-1, :]).any()):
             return None
-        low, high = (end.transpose(-1, -2).contiguous() for end in (low, high))
-        column = torch.arange(self.columns, device=low.device).expand(*low.shape[:-1], -1).contiguous()
-        first = torch.searchsorted(high, column).transpose(-1, -2)
-        last = torch.searchsorted(low, column, right=True).transpose(-1, -2) - 1
+        # A column's first row is behind those that end before it, its last row before those that start behind it.
+        shape = (*ends.shape[:-2], self.columns + 2, ends.shape[-1])
+        ended = ends.new_zeros(shape).scatter_add_(-2, ends, ends.new_ones(1).expand_as(ends)).cumsum(-2)
+        first, last = ended[..., : self.columns, :].unbind(0)
         # No two spans of a row share a column, so the rows of a column come once; touching ones may stay apart.
-        return Spans(normal(first, last, low.shape[-1], apart=True))
+        return Spans(normal(first, last - 1, low.shape[-2], apart=True))
 
 
 @dataclass(frozen=True)
