@@ -70,14 +70,15 @@ def _range_extremes(values: Tensor, index: Sequence[Bounds], dim: int, home: tor
     # log2 of an exact power of two is exact, and below 2^53 it cannot round up to the next integer.
     low_of: list[Tensor] = [values]
     high_of: list[Tensor] = [values]
-    for level in range(int(levels.max())):
+    least_level, most_level = int(levels.min()), int(levels.max())
+    for level in range(most_level):
         width = 1 << level
         low_of.append(_pairs(low_of[-1], dim, width, torch.minimum))
         high_of.append(_pairs(high_of[-1], dim, width, torch.maximum))
     others = [i.low for i in index]
     least: Tensor | None = None
     greatest: Tensor | None = None
-    for level in levels.unique().tolist():
+    for level in [most_level] if least_level == most_level else levels.unique().tolist():
         starts = (index[dim].low, (index[dim].high - (1 << level) + 1).clamp(min=0))
         here = [[*others[:dim], start, *others[dim + 1 :]] for start in starts]
         lows = torch.minimum(*(_look_up(low_of[level], at, home) for at in here))

@@ -228,7 +228,7 @@ def _boxes(b: Tensor, h: Tensor, row: Tensor, column: Tensor, sizes: Sizes, bloc
 def _fills_its_grid(mask: Node, tiles: Listed) -> bool:
     """Whether a look at every tile costs less than at those listed; untraced functions are looked at one by one."""
     opaque = any(isinstance(n, Opaque) for n in walk(mask))
-    return not opaque and 4 * len(tiles.column) >= tiles.count.numel() * tiles.columns
+    return not opaque and 8 * len(tiles.column) >= tiles.count.numel() * tiles.columns
 
 
 def _look_by_rows(mask: Node, tiles: Listed, sizes: Sizes, block: int, region: Region) -> Look:
