@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 
-from flexsparse.ir.nodes import Constant, Kind, Load, Node, Opaque, Symbol, mentions, rebuild, walk
+from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Kind, Load, Node, Opaque, Symbol, mentions, rebuild, walk
 from flexsparse.ir.program import Selected, Tables, table_name
 from flexsparse.ir.simplify import simplify
+
+# The operand that decides an operation on its own; the other constant leaves it to the other operand.
+_DECIDES = {"and": FALSE, "or": TRUE}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -28,6 +31,12 @@ def _at_head(node: Node, head: int, heads: int, tables: dict[str, tuple[int | fl
     """The node for one head, tables of ``per_head`` numbers looked up."""
     if isinstance(node, Symbol):
         return Constant({"h": head, "heads": heads}[node.name]) if node.name in ("h", "heads") else node
+    if isinstance(node, Apply) and node.op in _DECIDES:
+        # A per_head of masks is a chain of choices: what a head does not choose is not even looked at.
+        first = simplify(_at_head(node.args[0], head, heads, tables))
+        if isinstance(first, Constant):
+            return first if first == _DECIDES[node.op] else _at_head(node.args[1], head, heads, tables)
+        return Apply(node.op, (first, _at_head(node.args[1], head, heads, tables)))
     node = rebuild(node, tuple(_at_head(child, head, heads, tables) for child in node.children))
     if not isinstance(node, Load) or node.tensor.name not in tables:
         return node
