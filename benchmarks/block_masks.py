@@ -227,6 +227,7 @@ def main() -> int:
     result = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "x86-64",
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": arguments.commit,
