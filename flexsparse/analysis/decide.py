@@ -132,12 +132,16 @@ def look_at_grid(mask: Node, grid: Boxes, region: Region) -> Look:
     found = bounds(mask, region.over(_ranges(grid)))
     seen, hidden = found.low.expand(shape).clone(), ~found.high.expand(shape)
     undecided = ~(seen | hidden)
-    for place in _SAMPLES + _MORE_SAMPLES:
-        if not bool((undecided & ~(seen & hidden)).any()):
+    left = int(undecided.sum())
+    for number, place in enumerate(_SAMPLES + _MORE_SAMPLES):
+        if not left:
             break
         value = bounds(mask, region.over(_ranges(_sample(grid, *place))))
         seen |= value.low
         hidden |= ~value.high
+        before, left = left, int((undecided & ~(seen & hidden)).sum())
+        if number >= len(_SAMPLES) and before - left < _ENOUGH * before:
+            break
     return Look(seen, hidden, undecided & ~(seen & hidden))
 
 
@@ -165,10 +169,12 @@ def _ranges(boxes: Boxes) -> dict[str, Bounds]:
     }
 
 
-# Where to look in a box, in eighths of its height and width: the corners, the pair across first, and the middle; on a
-# grid, where a look is cheaper than a split, at some more.
-_SAMPLES = ((0, 0), (8, 8), (0, 8), (8, 0), (4, 4))
-_MORE_SAMPLES = ((2, 6), (6, 2), (1, 3), (3, 1), (5, 7), (7, 5))
+# Where to look in a box, in parts of its height and width: the corners, the pair across first, and the middle; on a
+# grid, where a look is cheaper than a split, at scattered places too, for as long as that decides enough tiles.
+_PARTS = 32
+_SAMPLES = ((0, 0), (32, 32), (0, 32), (32, 0), (16, 16))
+_MORE_SAMPLES = tuple((11 * n % _PARTS, 13 * n % _PARTS) for n in range(1, _PARTS) if n != 16)
+_ENOUGH = 1 / 16
 
 
 def _sample(boxes: Boxes, down: int, right: int) -> Boxes:
@@ -178,10 +184,10 @@ def _sample(boxes: Boxes, down: int, right: int) -> Boxes:
     return Boxes(boxes.b, boxes.h, q, q, kv, kv)
 
 
-def _between(low: Tensor, high: Tensor, eighths: int) -> Tensor:
-    if eighths in (0, 8):
-        return high if eighths else low
-    return low + (high - low) * eighths // 8
+def _between(low: Tensor, high: Tensor, parts: int) -> Tensor:
+    if parts in (0, _PARTS):
+        return high if parts else low
+    return low + (high - low) * parts // _PARTS
 
 
 def _split(boxes: Boxes, owner: Tensor) -> tuple[Boxes, Tensor]:
