@@ -1,6 +1,10 @@
 """What does a block mask cost, beside torch's create_block_mask?
 
     python benchmarks/block_masks.py --out benchmarks/results/block_masks_cpu.json
+    python benchmarks/block_masks.py --catalogue --out benchmarks/results/block_masks_catalogue_cpu.json
+
+With --catalogue: the first example of every pattern without a selection, with the tensors that the command line makes
+up for it. A score alone is put on the mask of all pairs.
 
 Every case runs in a process of its own, so that peak memory is its own: the rise of the resident set on a CPU,
 torch's allocator on a GPU, over what stood before the first of the timed calls. Times are medians. Cold start is
@@ -29,6 +33,7 @@ CASES = (
     ("document & causal", 1 << 16),
 )
 TORCH_LENGTHS = (4096, 16384, 32768, 65536)
+CATALOGUE_LENGTH = 1 << 16
 REPEATS = 7
 DOCUMENTS = 1000
 
@@ -131,6 +136,50 @@ def torchs(text: str, length: int, device: str, queue: Any) -> None:
     queue.put({"median_ms": statistics.median(times), "peak_bytes": rise})
 
 
+def catalogue_rows(device: str) -> list[dict[str, Any]]:
+    """One row a pattern of the catalogue, in its order, all in this process; every mask is made from nothing."""
+    import torch
+
+    import flexsparse as fs
+    from flexsparse.cli.example_inputs import example_captured, fitting_heads
+    from flexsparse.cli.picture import square_shapes
+    from flexsparse.patterns import catalogue
+    from flexsparse.pipeline import forget_tiles
+
+    rows = []
+    for name, function in catalogue().items():
+        pattern = on_every_pair(function(**function.examples[0]))
+        program = fs.compile(pattern, backend="chunked").ir
+        if program.selections:
+            continue
+        heads = fitting_heads(pattern.node, 1)
+        captured = example_captured(program, square_shapes(CATALOGUE_LENGTH, heads), 0)
+        given: dict[str, Any] = {key: tensor.to(device) for key, tensor in captured.items()}
+
+        def make(pattern: Any = pattern, heads: int = heads, given: dict[str, Any] = given) -> Any:
+            forget_tiles()
+            return fs.block_mask(pattern, CATALOGUE_LENGTH, heads=heads, device=device, **given)
+
+        make()
+        times, _, mask = timed(make, device)
+        tiles = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum(dtype=torch.long))
+        rows.append({"pattern": name, "mask": str(pattern), "heads": heads, "length": CATALOGUE_LENGTH, "tiles": tiles})
+        rows[-1] |= {"median_ms": statistics.median(times), "least_ms": min(times)}
+        print(f"{name:<18} {rows[-1]['median_ms']:9.1f} ms (least {min(times):.1f}), {tiles:,} tiles", flush=True)
+    return rows
+
+
+def on_every_pair(example: Any) -> Any:
+    """The pattern, or the pattern of all pairs with the score."""
+    from flexsparse.expression import Pattern
+    from flexsparse.ir.nodes import mentions
+    from flexsparse.language import everything
+
+    if isinstance(example, Pattern):
+        return example
+    return everything.score(example) if mentions(example.node, "score") else everything + example
+
+
 def isolated(target: Callable[..., None], *arguments: Any) -> dict[str, Any]:
     """What ``target`` puts into its queue, or how its process ended."""
     context = multiprocessing.get_context("spawn")
@@ -146,36 +195,46 @@ def isolated(target: Callable[..., None], *arguments: Any) -> dict[str, Any]:
     return queue.get()  # type: ignore[no-any-return]
 
 
+def comparison_rows(device: str, torch_lengths: list[int]) -> list[dict[str, Any]]:
+    """Our cases, then torch's at growing lengths until one fails."""
+    rows: list[dict[str, Any]] = []
+    for text, length in CASES:
+        rows.append({"by": "flexsparse", "mask": text, "length": length, **isolated(ours, text, length, device)})
+        print(rows[-1], flush=True)
+    for length in torch_lengths:
+        text = CASES[0][0]
+        rows.append({"by": "torch", "mask": text, "length": length, **isolated(torchs, text, length, device)})
+        print(rows[-1], flush=True)
+        if "failed" in rows[-1]:
+            break
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--torch-lengths", type=int, nargs="*", default=list(TORCH_LENGTHS))
+    parser.add_argument("--catalogue", action="store_true")
     arguments = parser.parse_args()
-    rows = []
-    for text, length in CASES:
-        rows.append(
-            {"by": "flexsparse", "mask": text, "length": length, **isolated(ours, text, length, arguments.device)}
-        )
-        print(rows[-1], flush=True)
-    for text in ("causal & sliding_window(1024)",):
-        for length in arguments.torch_lengths:
-            rows.append(
-                {"by": "torch", "mask": text, "length": length, **isolated(torchs, text, length, arguments.device)}
-            )
-            print(rows[-1], flush=True)
-            if "failed" in rows[-1]:
-                break
+    if arguments.catalogue:
+        rows = catalogue_rows(arguments.device)
+    else:
+        rows = comparison_rows(arguments.device, arguments.torch_lengths)
     import torch
 
     result = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "x86-64",
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": arguments.commit,
-        "command": " ".join(["python", "benchmarks/block_masks.py", "--device", arguments.device]),
+        "command": " ".join(
+            ["python", "benchmarks/block_masks.py", "--device", arguments.device]
+            + ["--catalogue"] * arguments.catalogue
+        ),
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

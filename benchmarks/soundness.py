@@ -2,6 +2,9 @@
 
     python benchmarks/soundness.py --cases 100000 --seed 0 --out benchmarks/results/soundness.json
 
+A case is drawn from the seed and its number alone, so a run may stop (--seconds) and another continue: cases that the
+file has already are not run again, and each run is listed with its cases and its commit.
+
 Each case draws an expression over q, kv, b, h and captured tensors, with // % negatives, where, ^ and abs, classifies
 its tiles at a random small size, and compares every tile with the dense mask of the oracle. A FULL tile that is not
 full, or an EMPTY one that is not empty, ends the run with the expression.
@@ -74,40 +77,60 @@ def judge(expression: Any, size: int, tensors: dict[str, torch.Tensor]) -> tuple
     return sound, bool(((kinds == EMPTY) == empty).all() and ((kinds == FULL) == full).all())
 
 
+def case(seed: int, number: int) -> tuple[Any, int, dict[str, torch.Tensor]]:
+    """An expression, a size and tensors, drawn from the seed and the number of the case."""
+    draw = random.Random(f"{seed}/{number}")
+    size = draw.choice((1, 7, 8, 17, 30))
+    expression = mask(draw, draw.randint(0, 3))
+    ids = torch.tensor([sorted(draw.randint(0, 4) for _ in range(size)) for _ in range(2)])
+    if draw.random() < 0.3:
+        ids = ids[:, torch.tensor(draw.sample(range(size), size))]
+    return expression, size, {"doc": ids, "table": torch.tensor([draw.randint(-3, 9) for _ in range(2)])}
+
+
+def run(seed: int, numbers: range, seconds: float) -> dict[str, Any]:
+    """What the cases of these numbers gave, as many as fit into the time. Raises AssertionError for an unsound one."""
+    start, exact, done = time.perf_counter(), 0, 0
+    for number in numbers:
+        if time.perf_counter() - start > seconds:
+            break
+        expression, size, tensors = case(seed, number)
+        sound, precise = judge(expression, size, tensors)
+        if not sound:
+            raise AssertionError(f"case {number} is NOT SOUND at size {size}: {expression} with {tensors}")
+        exact, done = exact + precise, done + 1
+    return {"first": numbers.start, "cases": done, "exact": exact, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def summary(seed: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs with their sums; an unsound case would have ended its run without a result."""
+    cases, exact = (sum(r[name] for r in runs) for name in ("cases", "exact"))
+    return {
+        **{"cases": cases, "unsound": 0, "exact": exact, "inexact": cases - exact, "seed": seed},
+        **{"torch": torch.__version__, "python": platform.python_version()},
+        "command": f"python benchmarks/soundness.py --cases {cases} --seed {seed}",
+        "runs": runs,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=2000, help="how many there shall be, with those of the file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, help="a file of results, continued if it is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    draw, start, exact, done = random.Random(arguments.seed), time.perf_counter(), 0, 0
-    while done < arguments.cases and time.perf_counter() - start < arguments.seconds:
-        done += 1
-        size = draw.choice((1, 7, 8, 17, 30))
-        expression = mask(draw, draw.randint(0, 3))
-        ids = torch.tensor([sorted(draw.randint(0, 4) for _ in range(size)) for _ in range(2)])
-        if draw.random() < 0.3:
-            ids = ids[:, torch.tensor(draw.sample(range(size), size))]
-        tensors = {"doc": ids, "table": torch.tensor([draw.randint(-3, 9) for _ in range(2)])}
-        sound, precise = judge(expression, size, tensors)
-        exact += precise
-        if not sound:
-            print(f"NOT SOUND at size {size}: {expression} with {tensors}")
-            return 1
-    result = {
-        "cases": done,
-        "unsound": 0,
-        "exact": exact,
-        "seed": arguments.seed,
-        "seconds": round(time.perf_counter() - start, 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": arguments.commit,
-        "command": f"python benchmarks/soundness.py --cases {arguments.cases} --seed {arguments.seed}",
-    }
+    runs: list[dict[str, Any]] = []
+    if arguments.out and arguments.out.exists():
+        known = json.loads(arguments.out.read_text())
+        if known["seed"] != arguments.seed:
+            parser.error(f"{arguments.out} has cases of seed {known['seed']}")
+        runs = known["runs"]
+    first = sum(r["cases"] for r in runs)
+    runs.append({**run(arguments.seed, range(first, arguments.cases), arguments.seconds), "commit": arguments.commit})
+    result = summary(arguments.seed, runs)
     print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -23,14 +23,15 @@ def block_lists(tiles: Tiles) -> BlockLists:
     """
     if tiles.lists:
         return tuple(tiles.lists)
-    made: list[Tensor] = []
-    forward = (tiles.partial, tiles.full)
     # What is kept serves training as well, so it must not be made of inference tensors.
     with torch.inference_mode(False):
-        backward = (tiles.partial.transposed(), tiles.full.transposed())
-        for partial, full in (forward, backward):
-            left, right = index_pair(partial, full)
-            made += [partial.count.contiguous(), left, full.count.contiguous(), right]
+        partial, full = tiles.partial, tiles.full
+        if tiles.head_rows:
+            partial, full = partial.take_heads(tiles.head_rows), full.take_heads(tiles.head_rows)
+        made = [
+            *index_pair(partial, full, tiles.device),
+            *index_pair(partial.transposed(tiles.device), full.transposed(tiles.device), tiles.device),
+        ]
     if sum(tensor.nbytes for tensor in made) <= _KEPT_BYTES:
         tiles.lists.extend(made)
     return tuple(made)

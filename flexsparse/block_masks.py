@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.tiles import Tiles
 from flexsparse.codegen.block_mask import make_block_mask
 from flexsparse.codegen.flex import opaque_functions
 from flexsparse.errors import ShapeError
 from flexsparse.expression import Pattern
+from flexsparse.ir.nodes import Node
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Compiled, classify_tiles, compile_pattern
@@ -46,59 +45,61 @@ def block_mask(
     Raises ShapeError for lengths below 1, ExpressionError for a selection that depends on query and key, and the
     errors of a call for captured tensors.
     """
-    tiles, functions = _bound(pattern, q_len, kv_len, batch, heads, device, block_size, captured)
-    return make_block_mask(tiles, functions["mask_mod"])
+    kv_len = q_len if kv_len is None else kv_len
+    for name, size in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("heads", heads)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
+    settings = Settings(block_size=block_size)
+    node = _node(pattern)
+    compiled = compile_pattern(node)
+    if compiled.program.chosen:
+        raise needs_operands(f"block_mask({pattern})")
+    shapes, buffers = _bound(node, compiled, (q_len, kv_len), batch, heads, device, captured)
+    refuse_outside(compiled.program, shapes, buffers)
+    tiles = classify_tiles(compiled.program, shapes, settings, buffers)
+    return make_block_mask(tiles, _functions(compiled, buffers)["mask_mod"])
 
 
 def bind_functions(
     pattern: Pattern | str, *, heads: int, q_len: int, kv_len: int | None, captured: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, Any], Program]:
     """The generated functions with their tensors, and the program that they came from."""
-    expression = parse(pattern) if isinstance(pattern, str) else pattern
-    compiled = compile_pattern(expression.node)
-    tensors = with_values(expression.node, captured)
-    device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
-    shapes = Shapes(1, heads, heads, q_len, kv_len or q_len, 64, 64, torch.float32, device)
+    node = _node(pattern)
+    compiled = compile_pattern(node)
     if compiled.program.selections or compiled.program.chosen:
         return {}, compiled.program
-    specs = {spec.name: spec for spec in compiled.program.tensors}
-    batch = next((t.shape[0] for n, t in tensors.items() if n in specs and specs[n].dims[:1] == ("b",)), 1)
-    checked = check_captured(compiled.program, replace(shapes, batch=batch), tensors, validate=True)
-    return _functions(compiled, make_buffers(compiled.program, shapes, checked)), compiled.program
+    _, buffers = _bound(node, compiled, (q_len, kv_len or q_len), None, heads, None, captured)
+    return _functions(compiled, buffers), compiled.program
+
+
+def _node(pattern: Pattern | str) -> Node:
+    return (parse(pattern) if isinstance(pattern, str) else pattern).node
+
+
+def _bound(
+    node: Node,
+    compiled: Compiled,
+    lengths: tuple[int, int],
+    batch: int | None,
+    heads: int,
+    device: torch.device | str | None,
+    captured: Mapping[str, Tensor | None],
+) -> tuple[Shapes, dict[str, Any]]:
+    """The shapes and what the functions read. ``batch`` and ``device`` that are None are those of the tensors."""
+    given = with_values(node, captured)
+    tensors = {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+    if device is None:
+        device = next((t.device for t in tensors.values()), torch.get_default_device())
+    if batch is None:
+        rows = {spec.name for spec in compiled.program.tensors if spec.dims[:1] == ("b",)}
+        batch = next((t.shape[0] for name, t in tensors.items() if name in rows), 1)
+    # A device may be written without its number.
+    where = torch.empty(0, device=device).device
+    shapes = Shapes(batch, heads, heads, *lengths, 64, 64, torch.float32, where)
+    checked = check_captured(compiled.program, shapes, given, validate=True)
+    return shapes, make_buffers(compiled.program, shapes, checked)
 
 
 def _functions(compiled: Compiled, buffers: Mapping[str, Any]) -> dict[str, Any]:
     values = {**buffers, **opaque_functions(compiled.program)}
     return compiled.generated.build(**{name: values[name] for name in compiled.generated.arguments})
-
-
-def _bound(
-    pattern: Pattern | str,
-    q_len: int,
-    kv_len: int | None,
-    batch: int,
-    heads: int,
-    device: torch.device | str | None,
-    block_size: int,
-    captured: Mapping[str, Tensor | None],
-) -> tuple[Tiles, dict[str, Any]]:
-    expression = parse(pattern) if isinstance(pattern, str) else pattern
-    kv_len = q_len if kv_len is None else kv_len
-    for name, size in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("heads", heads)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
-    settings = Settings(block_size=block_size)
-    compiled = compile_pattern(expression.node)
-    if compiled.program.chosen:
-        raise needs_operands(f"block_mask({expression})")
-    given = with_values(expression.node, captured)
-    tensors = [t for t in given.values() if isinstance(t, Tensor)]
-    if device is None:
-        device = tensors[0].device if tensors else torch.get_default_device()
-    where = torch.empty(0, device=device).device
-    shapes = Shapes(batch, heads, heads, q_len, kv_len, 64, 64, torch.float32, where)
-    checked = check_captured(compiled.program, shapes, given, validate=True)
-    buffers = make_buffers(compiled.program, shapes, checked)
-    refuse_outside(compiled.program, shapes, buffers)
-    tiles = classify_tiles(compiled.program, shapes, settings, buffers)
-    return tiles, _functions(compiled, buffers)

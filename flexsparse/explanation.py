@@ -39,7 +39,8 @@ class Explanation:
                 "device": str(shapes.device),
             },
             "tiles": None if tiles is None else _tiles_dict(tiles),
-            "mask": {"rows": self.plan.mask_rows, "heads": self.plan.mask_heads},
+            "mask": {name: getattr(self.plan, f"mask_{name}") for name in ("rows", "heads")}
+            | {"distinct_heads": self.plan.distinct_heads},
             "flex_calls": self.plan.calls if self.plan.backend.startswith("flex") else 0,
             "forward_flops": self.plan.flops,
             "candidates": [
@@ -78,7 +79,7 @@ class Explanation:
             lines.append(f"work      {self.plan.flops or 0:.3g} floating-point operations forward, in whole tiles")
         if self.cost is not None:
             lines.append(f"cost      {self.cost}")
-        lines.append(f"mask      {self.plan.mask_rows} row(s) x {self.plan.mask_heads} head(s)")
+        lines.append(f"mask      {self.plan.mask_rows} row(s) x {self.plan.mask_heads} head(s){self.plan.heads_alike}")
         lines += [f"note      {note}" for note in self.plan.notes]
         return "\n".join(lines)
 

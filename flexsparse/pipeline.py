@@ -87,7 +87,7 @@ def classify_tiles(program: Program, shapes: Shapes, settings: Settings, buffers
     mask, sizes, block = program.mask, shapes.sizes, settings.block_size
 
     def make() -> Tiles:
-        return classify(mask, sizes, buffers, block=block, device=shapes.device)
+        return classify(mask, sizes, buffers, block=block, device=shapes.device, tables=program.tables)
 
     if any(isinstance(n, Selected | Chosen | Opaque) for n in walk(mask)):
         return make()

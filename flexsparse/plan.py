@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexsparse import _torch
+from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant, Load, walk
@@ -48,7 +49,9 @@ class Plan:
     """How a pattern runs on given shapes.
 
     ``flops`` counts two products of the computed tiles (2 multiply-adds of head_dim and value_dim an element),
-    forward only, times ``calls``; ``notes`` are facts that a user should know, such as where gradients come from.
+    forward only, times ``calls``. The mask has lists for ``mask_rows`` x ``mask_heads``; ``distinct_heads`` of them
+    were analysed, as the others have the same masks. ``notes`` are facts that a user should know, such as where
+    gradients come from.
     """
 
     backend: str
@@ -57,8 +60,14 @@ class Plan:
     tiles: TileCounts | None
     mask_rows: int
     mask_heads: int
+    distinct_heads: int
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
+
+    @property
+    def heads_alike(self) -> str:
+        """For how many heads the mask was analysed, in words; empty where that is all of them."""
+        return f", analysed for {self.distinct_heads} that differ" if self.distinct_heads < self.mask_heads else ""
 
     @property
     def flops(self) -> int | None:
@@ -101,15 +110,17 @@ def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles
             mend=f"{reason} Ask for backend='chunked', which is exact and slower.",
         )
     gated = program.gate_v != Constant(1.0)
+    distinct_heads = len(set(first_alike(program.mask, program.tables, shapes.heads)))
     return Plan(
         backend=chosen,
         shapes=shapes,
         calls=2 if gated and chosen.startswith("flex") else 1,
         tiles=None if tiles is None else count_tiles(tiles),
         mask_rows=shapes.batch if depends_on(program.mask, "b") else 1,
-        mask_heads=shapes.heads if depends_on(program.mask, "h") else 1,
+        mask_heads=shapes.heads if distinct_heads > 1 else 1,
+        distinct_heads=distinct_heads,
         candidates=candidates,
-        notes=_notes(program, shapes, settings, chosen, gated),
+        notes=_notes(program, shapes, settings, chosen, gated, distinct_heads),
     )
 
 
@@ -165,7 +176,9 @@ def learnable_names(program: Program) -> tuple[str, ...]:
     return tuple(spec.name for spec in program.tensors if spec.learnable and spec.name in loads)
 
 
-def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, gated: bool) -> tuple[str, ...]:
+def _notes(
+    program: Program, shapes: Shapes, settings: Settings, chosen: str, gated: bool, distinct_heads: int
+) -> tuple[str, ...]:
     notes = []
     if chosen == "chunked" and shapes.device.type == "cpu" and settings.backend == "auto":
         notes.append("CPU: FlexAttention cannot train here, so the exact chunked path runs.")
@@ -206,6 +219,6 @@ def _notes(program: Program, shapes: Shapes, settings: Settings, chosen: str, ga
             "A selection that depends on the query carries no eviction certificate: any key may be chosen again, so "
             "generation must keep them all."
         )
-    if not depends_on(program.mask, "b") and not depends_on(program.mask, "h"):
+    if not depends_on(program.mask, "b") and distinct_heads == 1:
         notes.append("The mask does not depend on batch or head: one block mask serves all.")
     return tuple(notes)

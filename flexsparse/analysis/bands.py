@@ -13,33 +13,64 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis import intervals
-from flexsparse.analysis.bounds import Bounds, Region, bounds, never_falls
-from flexsparse.analysis.intervals import Intervals, everything, normal, nothing
-from flexsparse.ir.nodes import COMPARISONS, Apply, Constant, Kind, Load, Node, Symbol, depends_on, mentions, walk
+from flexsparse.analysis.bounds import bounds
+from flexsparse.analysis.intervals import Intervals, everything, nothing
+from flexsparse.analysis.loads import searched
+from flexsparse.analysis.region import Bounds, Region
+from flexsparse.ir.nodes import (
+    COMPARISONS,
+    Apply,
+    Constant,
+    Kind,
+    Load,
+    Node,
+    Symbol,
+    TensorSpec,
+    depends_on,
+    mentions,
+    walk,
+)
 from flexsparse.ir.program import Selected
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Keys that some query of the tile may see, and keys that every query of it sees: [B, H, T_q, M] each.
+    """Keys that some query of the range may see, and keys that every query of it sees: [2, B, H, R, M].
 
-    ``solved`` is False where a part of the mask could not be solved for kv.
+    ``solved`` is False where a part of the mask could not be solved for kv. Where it holds, the rows of ranges of
+    one query are exact: both sets are the keys that it sees.
     """
 
-    may: Intervals
-    must: Intervals
+    keys: Intervals
     solved: bool
+
+    @property
+    def may(self) -> Intervals:
+        return self._side(0)
+
+    @property
+    def must(self) -> Intervals:
+        return self._side(1)
+
+    def _side(self, number: int) -> Intervals:
+        if self.keys.low.dim() == 1:
+            return self.keys
+        return Intervals(self.keys.low[number], self.keys.high[number], self.keys.size)
 
 
 def rows(mask: Node, region: Region) -> Rows:
-    """The rows of a flattened mask; the region's q ranges are [1, 1, T_q], b [B, 1, 1] and h [1, H, 1]."""
+    """The rows of a flattened mask; the region's q ranges are [1, 1, R], b [B, 1, 1] and h [1, H, 1]."""
     return _Solver(region).mask(mask)
 
 
-_SWAPPED = {"le": "ge", "ge": "le", "eq": "eq"}
+_SWAPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq"}
+# Between integers x < y is x <= y - 1, and x > y is x >= y + 1.
+_LOOSE = {"lt": ("le", -1), "gt": ("ge", 1)}
 
 
 class _Solver:
+    """Every set is one array for both "may" and "must", [2, B, H, R, M], or [M] where it is known everywhere."""
+
     def __init__(self, region: Region) -> None:
         self.region = region
         self.size = region.sizes["kv_len"]
@@ -48,16 +79,15 @@ class _Solver:
 
     def mask(self, node: Node) -> Rows:
         if isinstance(node, Constant):
-            known = self.all if node.value else self.none
-            return Rows(known, known, True)
+            return Rows(self.all if node.value else self.none, True)
         if not _mentions_kv(node):
             return self.without_kv(node)
         if isinstance(node, Apply):
             match node.op, node.args:
                 case "and", (a, b):
                     return self.both(self.mask(a), self.mask(b))
-                case "or", (a, b):
-                    return self.either(self.mask(a), self.mask(b))
+                case "or", _:
+                    return self.either([self.mask(part) for part in _chain("or", node)])
                 case "not", (a,):
                     return self.negated(self.mask(a))
                 case "xor", (a, b):
@@ -67,35 +97,36 @@ class _Solver:
         return self.open()
 
     def open(self) -> Rows:
-        return Rows(self.all, self.none, False)
+        shape = (2, 1, 1, 1, 1)
+        low = torch.tensor([0, self.size], device=self.region.device).reshape(shape)
+        high = torch.tensor([self.size - 1, -1], device=self.region.device).reshape(shape)
+        return Rows(Intervals(low, high, self.size), False)
 
     def without_kv(self, node: Node) -> Rows:
-        found = bounds(node, self.region)
-        return Rows(
-            intervals.where(found.high, self.all, self.none),
-            intervals.where(found.low, self.all, self.none),
-            True,
-        )
+        found = _in_rows(bounds(node, self.region))
+        return Rows(intervals.where(_both_sides(found.high, found.low), self.all), True)
 
     def both(self, a: Rows, b: Rows) -> Rows:
-        return Rows(a.may & b.may, a.must & b.must, a.solved and b.solved)
+        return Rows(a.keys & b.keys, a.solved and b.solved)
 
-    def either(self, a: Rows, b: Rows) -> Rows:
-        return Rows(a.may | b.may, a.must | b.must, a.solved and b.solved)
+    def either(self, parts: list[Rows]) -> Rows:
+        return Rows(intervals.union([part.keys for part in parts]), all(part.solved for part in parts))
 
     def negated(self, a: Rows) -> Rows:
-        return Rows(~a.must, ~a.may, a.solved)
+        hidden = ~a.keys
+        if hidden.low.dim() > 1:
+            hidden = Intervals(hidden.low.flip(0), hidden.high.flip(0), self.size)
+        return Rows(hidden, a.solved)
 
     def xor(self, a: Rows, b: Rows) -> Rows:
-        return self.either(self.both(a, self.negated(b)), self.both(self.negated(a), b))
+        return self.either([self.both(a, self.negated(b)), self.both(self.negated(a), b)])
 
     def comparison(self, op: str, left: Node, right: Node) -> Rows:
         rewritten = _rewritten(op, left, right)
         if rewritten is not None:
             return self.mask(rewritten)
-        if op in ("ne", "lt", "gt"):
-            # x != y is not x == y, x < y is not x >= y, x > y is not x <= y.
-            return self.negated(self.comparison({"ne": "eq", "lt": "ge", "gt": "le"}[op], left, right))
+        if op == "ne":
+            return self.negated(self.comparison("eq", left, right))
         if left.kind is not Kind.INT or right.kind is not Kind.INT:
             return self.open()
         # Bring everything that depends on kv to the left: f(kv) op rest.
@@ -103,41 +134,52 @@ class _Solver:
         if len(with_kv) != 1:
             return self.open()
         sign, function = with_kv[0]
-        values = self.total(rest)
-        if sign < 0:
-            op = _SWAPPED[op]
-        else:
-            values = Bounds(-values.high, -values.low)
-        # Now f(kv) op value, the value lying in its bounds over the queries of the tile.
+        op = op if sign > 0 else _SWAPPED[op]
+        op, more = _LOOSE.get(op, (op, 0))
+        values = _in_rows(self.total(rest, -sign, more))
+        # Now f(kv) op value, the value lying in its bounds over the queries of the range.
         if op == "eq":
             return self.equal(function, values)
-        may = self.solve(function, op, values.high if op == "le" else values.low)
-        must = self.solve(function, op, values.low if op == "le" else values.high)
-        return self.open() if may is None or must is None else Rows(may, must, True)
+        ends = (values.high, values.low) if op == "le" else (values.low, values.high)
+        keys = self.solve(function, op, _both_sides(*ends))
+        return self.open() if keys is None else Rows(keys, True)
 
     def equal(self, function: Node, values: Bounds) -> Rows:
         below, above = self.solve(function, "le", values.high), self.solve(function, "ge", values.low)
         if below is None or above is None:
             return self.open()
         may = below & above
-        return Rows(may, intervals.where(values.low == values.high, may, self.none), True)
+        must = intervals.where(values.low == values.high, may)
+        return Rows(Intervals(_both_sides(may.low, must.low), _both_sides(may.high, must.high), self.size), True)
 
-    def total(self, terms: list[tuple[int, Node]]) -> Bounds:
-        zero = torch.zeros((), dtype=torch.long, device=self.region.device)
-        low, high = zero, zero
-        for sign, term in terms:
+    def total(self, terms: list[tuple[int, Node]], sign: int, more: int) -> Bounds:
+        """The sum of the terms times ``sign``, plus ``more``."""
+        ends: tuple[Tensor, Tensor] | None = None
+        for own, term in terms:
+            positive = own == sign
+            known = self.number(term)
+            if known is not None:
+                more += known if positive else -known
+                continue
             found = bounds(term, self.region)
-            low = low + (found.low if sign > 0 else -found.high)
-            high = high + (found.high if sign > 0 else -found.low)
-        return Bounds(low, high)
+            here = (found.low, found.high) if positive else (-found.high, -found.low)
+            ends = here if ends is None else (ends[0] + here[0], ends[1] + here[1])
+        if ends is None:
+            value = torch.tensor(more, device=self.region.device)
+            return Bounds(value, value)
+        return Bounds(ends[0] + more, ends[1] + more) if more else Bounds(*ends)
+
+    def number(self, node: Node) -> int | None:
+        """The value of an integer constant or of a size."""
+        if isinstance(node, Symbol):
+            return self.region.sizes.get(node.name)
+        return int(node.value) if isinstance(node, Constant) else None
 
     def solve(self, function: Node, op: str, value: Tensor) -> Intervals | None:
         """The kv with ``function(kv) op value``, op being "le" or "ge"; None where function is not monotone."""
         match function:
             case Symbol("kv"):
-                low = value if op == "ge" else torch.zeros_like(value)
-                high = value if op == "le" else torch.full_like(value, self.size - 1)
-                return normal(low.unsqueeze(-1), high.unsqueeze(-1), self.size)
+                return self.from_end(op, value)
             case Apply("neg", (inner,)):
                 return self.solve(inner, _SWAPPED[op], -value)
             case Apply("floordiv", (inner, Constant(m))) if m > 0:
@@ -156,13 +198,21 @@ class _Solver:
                     inner_op = op if sign > 0 else _SWAPPED[op]
                     return self.solve(right, inner_op, sign * (value - left.value))
             case Load(spec, (*others, last)) if isinstance(last, Symbol) and spec.kind is Kind.INT:
-                return self.sorted_load(self.region.tensors[spec.name], others, op, value)
+                return self.sorted_load(spec, others, op, value)
         return None
 
-    def sorted_load(self, tensor: Tensor, others: list[Node], op: str, value: Tensor) -> Intervals | None:
+    def from_end(self, op: str, end: Tensor) -> Intervals:
+        """The keys up to ``end`` ("le"), or from it on ("ge")."""
+        end = end.unsqueeze(-1)
+        if op == "le":
+            return Intervals(self.all.low.expand_as(end), end.clamp(max=self.size - 1), self.size)
+        return Intervals(end.clamp(min=0), self.all.high.expand_as(end), self.size)
+
+    def sorted_load(self, spec: TensorSpec, others: list[Node], op: str, value: Tensor) -> Intervals | None:
         """A tensor that does not fall along its last dimension is a monotone function of kv."""
-        if any(_mentions_kv(i) or mentions(i, "q") for i in others) or not never_falls(tensor):
+        if any(_mentions_kv(i) or mentions(i, "q") for i in others) or not self.region.rises(spec.name):
             return None
+        tensor = self.region.tensors[spec.name]
         if len(others) == 0:
             table = tensor
         elif len(others) == 1:
@@ -170,26 +220,30 @@ class _Solver:
             if tensor.shape[0] == 1 or tensor.stride(0) == 0:
                 table = tensor[0]
             else:
-                table = tensor[found.low.flatten()]
+                table = tensor[found.low.flatten().to(tensor.device)]
                 lead = [found.low.shape[0], found.low.shape[1]] if found.low.dim() == 3 else [1, 1]
                 table = table.reshape(*lead, -1)
         else:
             return None
-        return self.searched(table, op, value)
+        at = searched(table, op, value)
+        return self.from_end(op, at - 1 if op == "le" else at)
 
-    def searched(self, table: Tensor, op: str, value: Tensor) -> Intervals | None:
-        if table.dim() > 1:
-            # A bound that depends on nothing is one number for all rows.
-            value = value.reshape(1, 1, -1) if value.dim() == 0 else value
-            shape = torch.broadcast_shapes(table.shape[:-1], value.shape[:-1])
-            table = table.expand(*shape, -1).contiguous()
-            value = value.expand(*shape, value.shape[-1]).contiguous()
-        value = value.to(table.dtype)
-        side = {"le": True, "ge": False}[op]
-        at = torch.searchsorted(table.contiguous(), value.contiguous(), right=side)
-        if op == "le":
-            return normal(torch.zeros_like(at).unsqueeze(-1), (at - 1).unsqueeze(-1), self.size)
-        return normal(at.unsqueeze(-1), torch.full_like(at, self.size - 1).unsqueeze(-1), self.size)
+
+def _both_sides(may: Tensor, must: Tensor) -> Tensor:
+    """Numbers or ends for "may" and for "must" as one array, [2, ...]."""
+    return torch.stack(torch.broadcast_tensors(may, must))
+
+
+def _in_rows(found: Bounds) -> Bounds:
+    """Bounds with all three dimensions [B, H, R]."""
+    return found if found.low.dim() else Bounds(found.low.reshape(1, 1, 1), found.high.reshape(1, 1, 1))
+
+
+def _chain(op: str, node: Node) -> list[Node]:
+    """The operands of a chain of one associative operation."""
+    if isinstance(node, Apply) and node.op == op:
+        return [part for arg in node.args for part in _chain(op, arg)]
+    return [node]
 
 
 def _mentions_kv(node: Node) -> bool:

@@ -6,35 +6,19 @@ sound: the true range lies inside. Captured tensors take part through range mini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexsparse.analysis.loads import load_bounds
+from flexsparse.analysis.region import Bounds, Region
 from flexsparse.ir.nodes import Apply, Constant, Kind, Load, Node, Opaque, Symbol
 from flexsparse.ir.program import Chosen, Selected
 
 _FAR = 1 << 40  # stands for an unbounded integer; products of two still fit int64 after clamping
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """For a number, its interval; for a mask, ``low`` is "holds everywhere" and ``high`` "may hold somewhere"."""
-
-    low: Tensor
-    high: Tensor
-
-
-@dataclass(frozen=True)
-class Region:
-    """Ranges of the indices, as tensors that broadcast together; ``sizes`` are q_len, kv_len and heads."""
-
-    ranges: Mapping[str, Bounds]
-    sizes: Mapping[str, int]
-    tensors: Mapping[str, Tensor]
-    device: torch.device
 
 
 def bounds(node: Node, region: Region) -> Bounds:
@@ -52,7 +36,7 @@ def bounds(node: Node, region: Region) -> Bounds:
             size = torch.tensor(region.sizes[name], device=region.device)
             return Bounds(size, size)
         case Load(spec, index):
-            return load_bounds(region.tensors[spec.name], [bounds(i, region) for i in index], spec.kind)
+            return load_bounds(region, spec.name, [bounds(i, region) for i in index], spec.kind)
         case Opaque(function, kind, args):
             return _opaque(function, kind, [bounds(a, region) for a in args], region)
         case Selected(number):
@@ -93,8 +77,8 @@ def _selected(number: int, region: Region) -> Bounds:
     group = region.tensors[f"group_{number}"]
     heads = region.ranges["h"]
     index = [region.ranges["b"], Bounds(heads.low // group, heads.high // group), region.ranges["kv"]]
-    birth = load_bounds(region.tensors[f"birth_{number}"], index, Kind.INT)
-    death = load_bounds(region.tensors[f"death_{number}"], index, Kind.INT)
+    birth = load_bounds(region, f"birth_{number}", index, Kind.INT)
+    death = load_bounds(region, f"death_{number}", index, Kind.INT)
     q = region.ranges["q"]
     return _and(_less_equal(birth, q), _less(q, death))
 
@@ -106,75 +90,6 @@ def _chosen(counts: Any, region: Region) -> Bounds:
         false = torch.zeros((), dtype=torch.bool, device=region.device)
         return Bounds(false, ~false)
     return Bounds(*counts.bounds(b.low, h.low, (q.low, q.high), (kv.low, kv.high)))
-
-
-def load_bounds(tensor: Tensor, index: list[Bounds], kind: Kind) -> Bounds:
-    """The range of a tensor's values over the ranges of its indices; indices are clamped into the tensor."""
-    if kind is Kind.BOOL:
-        as_int = load_bounds(tensor.to(torch.uint8), index, Kind.INT)
-        return Bounds(as_int.low > 0, as_int.high > 0)
-    values = tensor.detach().double() if kind is Kind.REAL else tensor
-    clamped = [Bounds(i.low.clamp(0, n - 1), i.high.clamp(0, n - 1)) for i, n in zip(index, tensor.shape, strict=True)]
-    wide = [d for d, i in enumerate(clamped) if not torch.equal(*torch.broadcast_tensors(i.low, i.high))]
-    if not wide:
-        exact = values[tuple(i.low for i in clamped)] if clamped else values
-        return _widened(exact, exact, kind)
-    if len(wide) > 1:
-        return _widened(values.min(), values.max(), kind)
-    return _range_extremes(values, clamped, wide[0], kind)
-
-
-def _range_extremes(values: Tensor, index: list[Bounds], dim: int, kind: Kind) -> Bounds:
-    """Minima and maxima over [low, high] along one dimension, from two overlapping power-of-two windows."""
-    if dim == values.dim() - 1 and never_falls(values):
-        low, high = (values[(*(i.low for i in index[:dim]), end)] for end in (index[dim].low, index[dim].high))
-        return _widened(low, high, kind)
-    spans = index[dim].high - index[dim].low + 1
-    levels = torch.log2(spans.double()).floor().long()
-    # log2 of an exact power of two is exact, and below 2^53 it cannot round up to the next integer.
-    low_of: list[Tensor] = [values]
-    high_of: list[Tensor] = [values]
-    for level in range(int(levels.max())):
-        width = 1 << level
-        low_of.append(_pairs(low_of[-1], dim, width, torch.minimum))
-        high_of.append(_pairs(high_of[-1], dim, width, torch.maximum))
-    others = [i.low for i in index]
-    least: Tensor | None = None
-    greatest: Tensor | None = None
-    for level in levels.unique().tolist():
-        starts = (index[dim].low, (index[dim].high - (1 << level) + 1).clamp(min=0))
-        here = [[*others[:dim], start, *others[dim + 1 :]] for start in starts]
-        lows = torch.minimum(*(low_of[level][tuple(at)] for at in here))
-        highs = torch.maximum(*(high_of[level][tuple(at)] for at in here))
-        least = lows if least is None else torch.where(levels == level, lows, least)
-        greatest = highs if greatest is None else torch.where(levels == level, highs, greatest)
-    assert least is not None
-    assert greatest is not None
-    return _widened(least, greatest, kind)
-
-
-def never_falls(tensor: Tensor) -> bool:
-    """Whether no entry is below the one before it along the last dimension, as the ids of packed documents."""
-    row = tensor[:1] if tensor.dim() == 2 and tensor.stride(0) == 0 else tensor
-    return bool((row[..., 1:] >= row[..., :-1]).all())
-
-
-def _pairs(values: Tensor, dim: int, width: int, extreme: Callable[..., Tensor]) -> Tensor:
-    """Entry i becomes the extreme over twice the window that it covered; the tail keeps what it has."""
-    size = values.shape[dim]
-    if width >= size:
-        return values
-    head = extreme(values.narrow(dim, 0, size - width), values.narrow(dim, width, size - width))
-    return torch.cat((head, values.narrow(dim, size - width, width)), dim)
-
-
-def _widened(low: Tensor, high: Tensor, kind: Kind) -> Bounds:
-    dtype = torch.float64 if kind is Kind.REAL else torch.int64
-    low, high = low.to(dtype), high.to(dtype)
-    if kind is Kind.REAL:
-        # NaN compares false with everything, which no interval expresses: such a tile is undecided.
-        low, high = torch.nan_to_num(low, nan=-torch.inf), torch.nan_to_num(high, nan=torch.inf)
-    return Bounds(low, high)
 
 
 def _and(a: Bounds, b: Bounds) -> Bounds:
@@ -208,12 +123,19 @@ def _equal(a: Bounds, b: Bounds) -> Bounds:
 
 def _hull(candidates: list[Tensor]) -> Bounds:
     """From the least to the greatest candidate; NaN (0 times infinity, say) widens to everything."""
-    stacked = torch.stack(torch.broadcast_tensors(*candidates))
-    low, high = stacked.amin(0), stacked.amax(0)
-    if stacked.is_floating_point():
-        unclear = torch.isnan(stacked).any(0)
+    low = functools.reduce(torch.minimum, candidates)
+    high = low if len(candidates) == 1 else functools.reduce(torch.maximum, candidates)
+    if low.is_floating_point():
+        # minimum and maximum hand NaN on.
+        unclear = torch.isnan(low)
         return Bounds(low.masked_fill(unclear, -torch.inf), high.masked_fill(unclear, torch.inf))
-    return Bounds(low.clamp(-_FAR, _FAR), high.clamp(-_FAR, _FAR))
+    low = low.clamp(-_FAR, _FAR)
+    return Bounds(low, low if len(candidates) == 1 else high.clamp(-_FAR, _FAR))
+
+
+def _ends(x: Bounds) -> tuple[Tensor, ...]:
+    """The ends of an interval, once where they are one."""
+    return (x.low,) if x.low is x.high else (x.low, x.high)
 
 
 def _clear(low: Tensor, high: Tensor) -> Bounds:
@@ -224,13 +146,12 @@ def _clear(low: Tensor, high: Tensor) -> Bounds:
 
 
 def _mul(a: Bounds, b: Bounds) -> Bounds:
-    if not a.low.is_floating_point():
-        # Unbounded integers are clamped so that products cannot wrap.
-        near = [x.clamp(-(1 << 31), 1 << 31) for x in (a.low, a.high, b.low, b.high)]
-        if not all(torch.equal(x, y) for x, y in zip(near, (a.low, a.high, b.low, b.high), strict=True)):
-            far = torch.full_like(a.low * b.low, _FAR)
-            return Bounds(-far, far)
-    return _hull([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
+    whole = not a.low.is_floating_point()
+    # Products of integers beyond 2^31 could wrap: they may be anything.
+    if whole and not all(torch.equal(x.clamp(-(1 << 31), 1 << 31), x) for x in (*_ends(a), *_ends(b))):
+        far = torch.full_like(a.low * b.low, _FAR)
+        return Bounds(-far, far)
+    return _hull([x * y for x in _ends(a) for y in _ends(b)])
 
 
 def _crosses_zero(b: Bounds) -> Tensor:
@@ -240,9 +161,8 @@ def _crosses_zero(b: Bounds) -> Tensor:
 def _quotient(rounding: str | None) -> Callable[[Bounds, Bounds], Bounds]:
     def rule(a: Bounds, b: Bounds) -> Bounds:
         zero = _crosses_zero(b)
-        safe = Bounds(torch.where(zero, 1, b.low), torch.where(zero, 1, b.high))
-        corners = [torch.div(x, y, rounding_mode=rounding) for x in (a.low, a.high) for y in (safe.low, safe.high)]
-        result = _hull(corners)
+        divisors = [torch.where(zero, 1, end) for end in _ends(b)]
+        result = _hull([torch.div(x, y, rounding_mode=rounding) for x in _ends(a) for y in divisors])
         far = torch.inf if result.low.is_floating_point() else _FAR
         return Bounds(torch.where(zero, -far, result.low), torch.where(zero, far, result.high))
 
@@ -253,10 +173,12 @@ def _mod(a: Bounds, b: Bounds) -> Bounds:
     """Floor remainder: exact inside one period of a constant divisor, else between 0 and the divisor."""
     constant = (b.low == b.high) & (b.low != 0)
     divisor = torch.where(constant, b.low, 1)
-    one_period = constant & (
-        torch.div(a.low, divisor, rounding_mode="floor") == torch.div(a.high, divisor, rounding_mode="floor")
-    )
-    inside = (torch.remainder(a.low, divisor), torch.remainder(a.high, divisor))
+    if a.low is a.high:
+        one_period, inside = constant, [torch.remainder(a.low, divisor)] * 2
+    else:
+        first, last = (torch.div(end, divisor, rounding_mode="floor") for end in (a.low, a.high))
+        # Where both ends lie in one period, what is left of each is its remainder.
+        one_period, inside = constant & (first == last), [a.low - first * divisor, a.high - last * divisor]
     low, high = (b.low + 1).clamp(max=0), (b.high - 1).clamp(min=0)
     exact_low, exact_high = torch.minimum(*inside), torch.maximum(*inside)
     return Bounds(torch.where(one_period, exact_low, low), torch.where(one_period, exact_high, high))

@@ -15,8 +15,8 @@ from flexsparse.analysis.intervals import Intervals, normal
 
 # Index tensors up to this size are padded to every column, as torch's own are; larger ones only as far as needed.
 _ROOMY_BYTES = 1 << 24
-# Elements that are filled in at once.
-_SLAB = 1 << 20
+# Elements that are filled in at once, by device; 2^24 elsewhere, where each call costs more than it computes.
+_SLAB = {"cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -43,40 +43,57 @@ class Spans:
         inside = torch.arange(len(owner), device=flat.device) - (ends - flat)[owner]
         return Listed(length.sum(-1).int(), (low.flatten()[owner] + inside).int(), self.columns)
 
-    def write(self, out: Tensor) -> None:
-        """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind."""
+    def take_heads(self, rows: tuple[int, ...]) -> Spans:
+        """The rows of each head, for heads that share them."""
+        at = torch.tensor(rows, device=self.intervals.low.device)
+        low, high = (end.index_select(1, at) for end in (self.intervals.low, self.intervals.high))
+        return Spans(Intervals(low, high, self.columns))
+
+    def write(self, out: Tensor, count: Tensor) -> None:
+        """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind.
+
+        ``out`` and ``count`` [B, H, R] may be on another device than the spans, to which a few numbers a row go.
+        """
         low, high = self.intervals.low.flatten(0, -2), self.intervals.high.flatten(0, -2)
         length = (high - low + 1).clamp(min=0)
         first = length.cumsum(-1) - length
-        into = _rows(out)
-        rows, width = low.shape[0], out.shape[-1]
-        slots = torch.arange(width, device=low.device)
-        step = max(1, _SLAB // max(width, 1))
-        for begin in range(0, rows, step):
-            part = slice(begin, begin + step)
-            made = torch.zeros(len(low[part]), width, dtype=torch.int32, device=low.device)
-            for slot in range(low.shape[-1]):
-                start, offset, size = (x[part, slot, None] for x in (low, first, length))
-                here = (slots >= offset) & (slots < offset + size)
-                made = torch.where(here, (start + slots - offset).int(), made)
-            into[part] = made
+        # Entry p of a row is p plus the steps of every span that starts at p or before it.
+        steps = (low - first).diff(dim=-1, prepend=low.new_zeros(len(low), 1))
+        table = torch.cat((steps, first), -1).int().to(out.device)
+        into, total, width = _rows(out), count.reshape(-1, 1), out.shape[-1]
+        slots = torch.arange(width, dtype=torch.int32, device=out.device)
+        rows = max(1, _SLAB.get(out.device.type, 1 << 24) // max(width, 1))
+        for begin in range(0, len(low), rows):
+            part = table[begin : begin + rows]
+            step, start = part[:, : low.shape[1]], part[:, low.shape[1] :]
+            column = slots + step[:, :1]
+            for number in range(1, low.shape[1]):
+                column += (slots >= start[:, number : number + 1]) * step[:, number : number + 1]
+            into[begin : begin + rows] = column.masked_fill_(slots >= total[begin : begin + rows], 0)
 
-    def transposed(self) -> Spans | Listed:
-        """For each column its rows: by binary search where the spans move one way, else tile by tile."""
-        low, high = self.intervals.low, self.intervals.high
-        rows = low.shape[-2]
-        empty = low > high
-        seen = (~empty).cumsum(-2) > 0
-        # Empty rows in front end before the first column, later ones lie behind the last.
-        low = torch.where(empty, torch.where(seen, self.columns, 0), low)
-        high = torch.where(empty, torch.where(seen, self.columns, -1), high)
-        moves = (low[..., 1:, :] >= low[..., :-1, :]).all() & (high[..., 1:, :] >= high[..., :-1, :]).all()
-        if not bool(moves):
-            return self.listed().transposed()
-        column = torch.arange(self.columns, device=low.device).expand(*low.shape[:-2], low.shape[-1], -1).contiguous()
-        first = torch.searchsorted(high.transpose(-1, -2).contiguous(), column)
-        last = torch.searchsorted(low.transpose(-1, -2).contiguous(), column, right=True) - 1
-        return Spans(normal(first.transpose(-1, -2), last.transpose(-1, -2), rows))
+    def transposed(self, device: torch.device) -> Spans | Listed:
+        """For each column its rows: by counting ends where the spans move one way, else tile by tile on ``device``."""
+        found = self._turned(self.intervals.low, self.intervals.high)
+        if found is None:
+            low, high = self.intervals.low, self.intervals.high
+            empty = low > high
+            seen = (~empty).cumsum(-2) > 0
+            # Empty rows in front end before the first column, later ones lie behind the last.
+            low = torch.where(empty, torch.where(seen, self.columns, 0), low)
+            found = self._turned(low, torch.where(empty, torch.where(seen, self.columns, -1), high))
+        return found or self.listed().to(device).transposed(device)
+
+    def _turned(self, low: Tensor, high: Tensor) -> Spans | None:
+        """By counting, where no end falls from row to row; an empty row may stand between others as low > high."""
+        ends = torch.stack((high + 1, low))
+        if bool((ends[..., 1:, :] < ends[..., :-1, :]).any()):
+            return None
+        # A column's first row is behind those that end before it, its last row before those that start behind it.
+        shape = (*ends.shape[:-2], self.columns + 2, ends.shape[-1])
+        ended = ends.new_zeros(shape).scatter_add_(-2, ends, ends.new_ones(1).expand_as(ends)).cumsum(-2)
+        first, last = ended[..., : self.columns, :].unbind(0)
+        # No two spans of a row share a column, so the rows of a column come once; touching ones may stay apart.
+        return Spans(normal(first, last - 1, low.shape[-2], apart=True))
 
 
 @dataclass(frozen=True)
@@ -90,53 +107,70 @@ class Listed:
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """b, h, row and column of every tile, [T] int64 each."""
         flat = self.count.flatten().long()
-        owner = _owners(flat)
+        owner = _owners(flat, len(self.column))
         _, heads, rows = self.count.shape
         return owner // (heads * rows), owner // rows % heads, owner % rows, self.column.long()
 
-    def write(self, out: Tensor) -> None:
-        """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind."""
+    def take_heads(self, rows: tuple[int, ...]) -> Listed:
+        """The rows of each head, for heads that share them."""
+        batch, _, height = self.count.shape
         flat = self.count.flatten().long()
-        owner = _owners(flat)
+        at = torch.tensor(rows, device=flat.device)
+        starts = (flat.cumsum(0) - flat).reshape(self.count.shape).index_select(1, at).flatten()
+        count = self.count.index_select(1, at)
+        owner = _owners(count.flatten().long())
+        begin = count.flatten().long().cumsum(0) - count.flatten()
+        inside = torch.arange(len(owner), device=flat.device) - begin[owner]
+        return Listed(count.reshape(batch, len(rows), height), self.column[starts[owner] + inside], self.columns)
+
+    def write(self, out: Tensor, count: Tensor) -> None:
+        """As the spans' ``write``; the list, its count and ``out`` are on one device."""
+        flat = self.count.flatten().long()
+        owner = _owners(flat, len(self.column))
         inside = torch.arange(len(owner), device=flat.device) - (flat.cumsum(0) - flat)[owner]
         into = _rows(out)
         into.zero_()
         into[owner, inside] = self.column
 
-    def transposed(self) -> Listed:
+    def transposed(self, device: torch.device) -> Listed:
         """For each column its rows, ascending."""
         b, h, row, column = self.coordinates()
         batch, heads, rows = self.count.shape
-        cell = (b * heads + h) * self.columns + column
-        order = cell.argsort(stable=True)
-        count = torch.bincount(cell, minlength=batch * heads * self.columns).int()
-        return Listed(count.reshape(batch, heads, self.columns), row[order].int(), rows)
+        cell, order = ((b * heads + h) * self.columns + column).sort(stable=True)
+        edges = torch.searchsorted(cell, torch.arange(batch * heads * self.columns + 1, device=cell.device))
+        return Listed(edges.diff().int().reshape(batch, heads, self.columns), row[order].int(), rows)
+
+    def to(self, device: torch.device) -> Listed:
+        return Listed(self.count.to(device), self.column.to(device), self.columns)
 
     def listed(self) -> Listed:
         return self
 
 
-def index_pair(one: Spans | Listed, other: Spans | Listed) -> tuple[Tensor, Tensor]:
-    """The column indices of two sets of tiles over the same rows, [B, H, R, W] and [B, H, R, W'] int32.
+def index_pair(one: Spans | Listed, other: Spans | Listed, device: torch.device) -> tuple[Tensor, ...]:
+    """Count and column indices of two sets of tiles over the same rows: [B, H, R] and [B, H, R, W] int32 of each.
 
-    FlexAttention's kernels read both with the strides of the first, so a large pair shares one buffer, side by
-    side; a small one is padded to every column.
+    FlexAttention's kernels read both indices with the strides of the first, so a large pair shares one buffer, side
+    by side; a small one is padded to every column.
     """
-    shape, columns, device = one.count.shape, one.columns, one.count.device
-    if columns * one.count.numel() * 4 <= _ROOMY_BYTES:
-        left, right = (torch.empty(*shape, columns, dtype=torch.int32, device=device) for _ in range(2))
+    sets, columns = (one, other), one.columns
+    counts = [x.count for x in sets]
+    shape = counts[0].shape
+    if columns * counts[0].numel() * 4 <= _ROOMY_BYTES:
+        indices = [torch.empty(*shape, columns, dtype=torch.int32, device=device) for _ in sets]
     else:
-        widths = [max(int(x.count.max()), 1) for x in (one, other)]
+        widths = [max(int(count.max()), 1) for count in counts]
         buffer = torch.empty(*shape, sum(widths), dtype=torch.int32, device=device)
-        left, right = buffer.split(widths, -1)
-    one.write(left)
-    other.write(right)
-    return left, right
+        indices = list(buffer.split(widths, -1))
+    counts = [count.to(device).contiguous() for count in counts]
+    for tiles, out, count in zip(sets, indices, counts, strict=True):
+        tiles.write(out, count)
+    return counts[0], indices[0], counts[1], indices[1]
 
 
-def _owners(count: Tensor) -> Tensor:
-    """The row of every tile, for rows of ``count`` [R] int64 tiles each."""
-    return torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+def _owners(count: Tensor, total: int | None = None) -> Tensor:
+    """The row of every tile, for rows of ``count`` [R] int64 tiles each, ``total`` of them."""
+    return torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=total)
 
 
 def _rows(out: Tensor) -> Tensor:
@@ -146,6 +180,8 @@ def _rows(out: Tensor) -> Tensor:
 
 def from_mask(chosen: Listed, keep: Tensor) -> Listed:
     """The tiles of a list that ``keep`` [T] marks."""
+    if bool(keep.all()):
+        return chosen
     flat = chosen.count.flatten().long()
     owner = _owners(flat)
     count = torch.bincount(owner[keep], minlength=len(flat)).int().reshape(chosen.count.shape)
@@ -157,6 +193,8 @@ def merged(one: Spans | Listed, other: Listed) -> Spans | Listed:
     if not len(other.column):
         return one
     left = one.listed()
+    if not len(left.column):
+        return other
     keys = []
     for part in (left, other):
         owner = _owners(part.count.flatten().long())

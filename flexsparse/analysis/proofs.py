@@ -145,7 +145,7 @@ def _search(bad: Node) -> dict[str, int] | None:
         sizes = Sizes(1, heads, length, length)
         axes = (torch.arange(n) for n in (1, heads, length, length))
         b, h, q, kv = (x.flatten() for x in torch.meshgrid(*axes, indexing="ij"))
-        region = region_of(sizes, {}, (1, heads, 1), length, torch.device("cpu"))
+        region = region_of(sizes, {}, 1, list(range(heads)), length, torch.device("cpu"))
         found = box_bounds(bad, Boxes(b, h, q, q, kv, kv), region).low.nonzero().flatten()
         if len(found):
             first = int(found[0])

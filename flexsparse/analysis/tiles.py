@@ -6,6 +6,7 @@ from bounds, and where those do not decide, by halving (``decide``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +16,25 @@ from torch import Tensor
 
 from flexsparse.analysis.bands import rows
 from flexsparse.analysis.blocks import block_counts
-from flexsparse.analysis.bounds import Bounds, Region, bounds
-from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, decide
-from flexsparse.analysis.intervals import Intervals, normal
+from flexsparse.analysis.bounds import bounds
+from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, Look, decide, look_at_grid
+from flexsparse.analysis.edges import TileSets, query_ranges, ragged, tile_sets
+from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
+from flexsparse.analysis.queries import pairs_seen
+from flexsparse.analysis.region import Bounds, Region
 from flexsparse.ir import nodes
-from flexsparse.ir.nodes import Load, Node, walk
-from flexsparse.ir.program import Chosen, Selected
+from flexsparse.ir.nodes import Load, Node, Opaque, walk
+from flexsparse.ir.program import Chosen, Selected, Tables, table_name
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors", "region_of"]
+
+# Rows of tiles up to this many are found on the host, for masks on an accelerator too.
+_HOST_ROWS = 1 << 16
+# Tiles that are looked at together where all tiles of a row are.
+_GRID = 1 << 18
+# Unknown tiles a row from which on its queries are solved one by one instead.
+_MANY = 4
 
 
 @dataclass(frozen=True)
@@ -41,15 +52,18 @@ class Sizes:
 class Tiles:
     """The tiles that are not EMPTY: ``partial`` and ``full`` list the key tiles of each row of query tiles.
 
-    Rows are [B or 1, H or 1, ceil(q_len / block)]. Sound always: a tile in neither list has no pair, a FULL tile
-    has all of them. ``undecided`` counts PARTIAL tiles that may be either; 0 means that the classes are exact.
-    Tiles that hang over the end of the queries or keys are never FULL.
+    Rows are [B or 1, distinct heads or 1, ceil(q_len / block)]; ``head_rows`` says which of them each head has, and
+    is empty where the heads are in order or share one. Sound always: a tile in neither list has no pair, a FULL
+    tile has all of them. ``undecided`` counts PARTIAL tiles of the rows that may be either; 0 means that the classes
+    are exact. Tiles that hang over the end of the queries or keys are never FULL. The lists may live on the host.
     """
 
     partial: Spans | Listed
     full: Spans | Listed
     block: int
     sizes: Sizes
+    device: torch.device
+    head_rows: tuple[int, ...] = ()
     undecided: int = 0
     # Filled when first asked for: the dense grid, and the tensors of a block mask.
     _grid: list[Tensor] = field(default_factory=list, compare=False, repr=False)
@@ -64,6 +78,11 @@ class Tiles:
         return -(-self.sizes.kv_len // self.block)
 
     @property
+    def distinct_heads(self) -> int:
+        """Heads with a mask of their own: how many were analysed."""
+        return self.partial.count.shape[1]
+
+    @property
     def kinds(self) -> Tensor:
         """The dense grid [B or 1, H or 1, T_q, T_kv] uint8, made when asked for; for pictures and small sizes."""
         if not self._grid:
@@ -71,15 +90,20 @@ class Tiles:
             grid = torch.zeros(shape, dtype=torch.uint8, device=self.partial.count.device)
             for tiles, kind in ((self.partial, PARTIAL), (self.full, FULL)):
                 grid[tiles.listed().coordinates()] = kind
-            self._grid.append(grid)
+            grid = grid.to(self.device)
+            self._grid.append(grid[:, list(self.head_rows)] if self.head_rows else grid)
         return self._grid[0]
 
     def count(self, kind: int) -> int:
         """How many tiles of a kind there are, over all rows and heads of the attention."""
-        rows_, heads, _ = self.partial.count.shape
-        copies = self.sizes.batch * self.sizes.heads // (rows_ * heads)
-        partial, full = (int(x.count.sum(dtype=torch.long)) * copies for x in (self.partial, self.full))
+        partial, full = (self._counted(x) for x in (self.partial, self.full))
         return {PARTIAL: partial, FULL: full, EMPTY: self.total - partial - full}[kind]
+
+    def _counted(self, tiles: Spans | Listed) -> int:
+        rows_, heads, _ = tiles.count.shape
+        by_head = tiles.count.sum((0, 2), dtype=torch.long).tolist()
+        heads_of = self.head_rows or range(heads)
+        return sum(by_head[row] for row in heads_of) * (self.sizes.batch // rows_) * (self.sizes.heads // len(heads_of))
 
     @property
     def total(self) -> int:
@@ -98,60 +122,101 @@ def classify(
     *,
     block: int = 128,
     device: torch.device | str = "cpu",
+    tables: Tables = (),
 ) -> Tiles:
     """The class of every tile of a flattened mask.
 
-    ``tensors`` holds the captured tensors, tables and, for selections, ``birth_n``, ``death_n`` and ``group_n``
-    by name, and the blocks that queries chose. A mask that does not depend on the row (or the head) is classified
-    for one.
+    ``tensors`` holds the captured tensors and, for selections, ``birth_n``, ``death_n`` and ``group_n`` by name,
+    and the blocks that queries chose;
+    ``tables`` the numbers of the ``per_head`` lists. A mask that does not depend on the row is classified for one,
+    and once for each head whose mask differs. Results are on ``device``, or on the host where they are few.
     """
     device = torch.device(device)
-    count = (
-        sizes.batch if depends_on(mask, "b") else 1,
-        sizes.heads if depends_on(mask, "h") else 1,
-        -(-sizes.q_len // block),
-    )
+    first = first_alike(mask, tables, sizes.heads)
+    heads = sorted(set(first))
+    count = (sizes.batch if depends_on(mask, "b") else 1, len(heads), -(-sizes.q_len // block))
+    head_rows = tuple(heads.index(head) for head in first) if 1 < len(heads) < sizes.heads else ()
+    # An accelerator takes longer to be asked for a few numbers than the host takes to find them.
+    topks = {n.topk for n in walk(mask) if isinstance(n, Chosen)}
+    home = torch.device("cpu") if math.prod(count) <= _HOST_ROWS and not topks else device
     known = dict(tensors or {})
-    for topk in {n.topk for n in walk(mask) if isinstance(n, Chosen)}:
+    for topk in topks:
         known[f"{topk.name}_counts"] = block_counts(known[topk.name], block, sizes.q_offset, topk.block)
-    region = region_of(sizes, known, count, block, device)
+    region = region_of(sizes, _with_numbers(known, tables, home), count[0], heads, block, home)
     found = rows(mask, region)
-    may, must = (_expanded(x, count) for x in (found.may, found.must))
-    touched = _touched(may, sizes.kv_len, block)
-    full = _covered(must, sizes, block)
-    open_spans = Spans(touched & ~full)
-    open_tiles = open_spans.listed()
-    if not len(open_tiles.column):
-        return Tiles(open_spans, Spans(full), block, sizes)
+    sets = tile_sets(found.keys, count, sizes.q_len, sizes.kv_len, block)
+    if sets.unknown is None:
+        return Tiles(Spans(sets.partial), Spans(sets.full), block, sizes, device, head_rows)
+    if home != device:
+        region = region_of(sizes, _with_numbers(known, tables, device), count[0], heads, block, device)
+    partial, full, undecided = _decided(mask, sets, sizes, region, block, solved=found.solved)
+    return Tiles(partial, full, block, sizes, device, head_rows, undecided)
+
+
+def _decided(
+    mask: Node, sets: TileSets, sizes: Sizes, region: Region, block: int, *, solved: bool
+) -> tuple[Spans | Listed, Spans | Listed, int]:
+    """The PARTIAL and the FULL tiles once the unknown ones were examined one by one, and how many stay undecided."""
+    assert sets.unknown is not None
+    unknown = Spans(sets.unknown.to(region.device)).listed()
+    kind, undecided = _counted(mask, unknown, sizes, region, block) if solved else None, 0
+    if kind is None:
+        kind, undecided = _looked_at(mask, unknown, sizes, region, block)
+    partial, full = (
+        merged(Spans(known.to(region.device)), from_mask(unknown, kind == wanted))
+        for known, wanted in ((sets.partial, PARTIAL), (sets.full, FULL))
+    )
+    return partial, full, undecided
+
+
+def _counted(mask: Node, tiles: Listed, sizes: Sizes, region: Region, block: int) -> Tensor | None:
+    """The kinds of listed tiles from what each query sees; None where looking at the tiles is easier."""
+    b, h, row, column = tiles.coordinates()
+    used = (tiles.count > 0).any(0).any(0).nonzero().flatten()
+    if len(row) <= _MANY * len(used):
+        return None
+    starts = used * block + sizes.q_offset
+    seen = pairs_seen(mask, region, starts, sizes.q_offset + sizes.q_len, block)
+    if seen is None:
+        return None
+    pairs = seen[b, h, torch.searchsorted(used, row), column]
+    return torch.where(pairs == block * block, FULL, torch.where(pairs == 0, EMPTY, PARTIAL))
+
+
+def _looked_at(mask: Node, tiles: Listed, sizes: Sizes, region: Region, block: int) -> tuple[Tensor, int]:
+    """The kinds of listed tiles by looks at them, and how many stay undecided."""
+    at = tiles.coordinates()
+    _, _, row, column = at
+    b, h = region.ranges["b"].low.flatten(), region.ranges["h"].low.flatten()
+    boxes = _boxes(b[at[0]], h[at[1]], row, column, sizes, block)
     # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
     exact = not any(isinstance(n, Selected | Chosen) for n in walk(mask))
-    kind, undecided = decide(mask, _boxes(open_tiles, sizes, block), region, exact=exact)
-    ragged = _ragged(open_tiles, sizes, block)
-    kind = torch.where(ragged & (kind == FULL), PARTIAL, kind)
-    if bool((kind == PARTIAL).all()):
-        return Tiles(open_spans, Spans(full), block, sizes, undecided)
-    partial = from_mask(open_tiles, kind == PARTIAL)
-    all_full = merged(Spans(full), from_mask(open_tiles, kind == FULL))
-    return Tiles(partial, all_full, block, sizes, undecided)
+    look = None
+    if exact and _fills_its_grid(mask, tiles):
+        look = _look_by_rows(mask, tiles, sizes, block, region).at(at)
+    kind, undecided = decide(mask, boxes, region, exact=exact, look=look)
+    over = ragged(row, column, sizes.q_len, sizes.kv_len, block)
+    return torch.where(over & (kind == FULL), PARTIAL, kind), undecided
+
+
+def _with_numbers(tensors: Mapping[str, Any], tables: Tables, device: torch.device) -> dict[str, Any]:
+    """The tensors with the ``per_head`` lists of integers on ``device``; those of reals come as a call has them."""
+    made = {table_name(number): values for number, values in enumerate(tables)}
+    here = {name: v for name, v in made.items() if name not in tensors or all(isinstance(x, int) for x in v)}
+    return {**tensors, **{name: torch.tensor(values, device=device) for name, values in here.items()}}
 
 
 def region_of(
-    sizes: Sizes, tensors: Mapping[str, Any], count: tuple[int, int, int], block: int, device: torch.device
+    sizes: Sizes, tensors: Mapping[str, Any], batch: int, heads: list[int], block: int, device: torch.device
 ) -> Region:
-    """The ranges of every row of query tiles, ``count`` being [B, H, T_q]; kv ranges over all keys."""
-
-    def points(number: int, *shape: int) -> Bounds:
-        value = torch.arange(number, device=device).reshape(shape)
-        return Bounds(value, value)
-
-    starts = torch.arange(0, sizes.q_len, block, device=device)
-    ends = (starts + block).clamp(max=sizes.q_len) - 1
-    every_key = Bounds(torch.tensor(0, device=device), torch.tensor(sizes.kv_len - 1, device=device))
+    """The rows of tiles of ``batch`` rows and of these heads; kv ranges over all keys."""
+    b = torch.arange(batch, device=device).reshape(-1, 1, 1)
+    h = torch.tensor(heads, device=device).reshape(1, -1, 1)
     ranges = {
-        "b": points(count[0], -1, 1, 1),
-        "h": points(count[1], 1, -1, 1),
-        "q": Bounds((starts + sizes.q_offset).reshape(1, 1, -1), (ends + sizes.q_offset).reshape(1, 1, -1)),
-        "kv": every_key,
+        "b": Bounds(b, b),
+        "h": Bounds(h, h),
+        "q": query_ranges(sizes.q_len, block, sizes.q_offset, device),
+        "kv": Bounds(torch.tensor(0, device=device), torch.tensor(sizes.kv_len - 1, device=device)),
     }
     return Region(ranges, _named(sizes), tensors, device)
 
@@ -160,43 +225,30 @@ def _named(sizes: Sizes) -> dict[str, int]:
     return {"q_len": sizes.q_len, "kv_len": sizes.kv_len, "heads": sizes.heads}
 
 
-def _expanded(x: Intervals, count: tuple[int, int, int]) -> Intervals:
-    shape = (*count, x.low.shape[-1])
-    return Intervals(x.low.expand(shape), x.high.expand(shape), x.size)
-
-
-def _touched(may: Intervals, kv_len: int, block: int) -> Intervals:
-    """Tiles that hold a key of ``may``."""
-    empty = may.low > may.high
-    low = (may.low // block).masked_fill(empty, kv_len)
-    high = (may.high // block).masked_fill(empty, -1)
-    return normal(low, high, -(-kv_len // block))
-
-
-def _covered(must: Intervals, sizes: Sizes, block: int) -> Intervals:
-    """Whole tiles inside ``must``, the ragged ones left out."""
-    low = (must.low + block - 1) // block
-    high = (must.high + 1) // block - 1
-    tiles = normal(low, high, -(-sizes.kv_len // block), apart=True)
-    if sizes.q_len % block == 0:
-        return tiles
-    last = torch.arange(tiles.low.shape[-2], device=tiles.low.device) == tiles.low.shape[-2] - 1
-    ragged = last.unsqueeze(-1)
-    return Intervals(tiles.low.masked_fill(ragged, tiles.size), tiles.high.masked_fill(ragged, -1), tiles.size)
-
-
-def _boxes(tiles: Listed, sizes: Sizes, block: int) -> Boxes:
-    b, h, row, column = tiles.coordinates()
+def _boxes(b: Tensor, h: Tensor, row: Tensor, column: Tensor, sizes: Sizes, block: int) -> Boxes:
     q_low, kv_low = row * block + sizes.q_offset, column * block
     q_high = (q_low + block - 1).clamp(max=sizes.q_offset + sizes.q_len - 1)
     return Boxes(b, h, q_low, q_high, kv_low, (kv_low + block - 1).clamp(max=sizes.kv_len - 1))
 
 
-def _ragged(tiles: Listed, sizes: Sizes, block: int) -> Tensor:
-    """Which tiles hang over the end of the queries or keys."""
-    _, _, row, column = tiles.coordinates()
-    over_q = (row + 1) * block > sizes.q_len
-    return over_q | ((column + 1) * block > sizes.kv_len)
+def _fills_its_grid(mask: Node, tiles: Listed) -> bool:
+    """Whether a look at every tile costs less than at those listed; untraced functions are looked at one by one."""
+    opaque = any(isinstance(n, Opaque) for n in walk(mask))
+    return not opaque and 8 * len(tiles.column) >= tiles.count.numel() * tiles.columns
+
+
+def _look_by_rows(mask: Node, tiles: Listed, sizes: Sizes, block: int, region: Region) -> Look:
+    """A first look at every tile, [B, H, R, C]; so many rows at once that memory stays bounded."""
+    batch, heads, rows_ = tiles.count.shape
+    b, h = region.ranges["b"].low.reshape(-1, 1, 1, 1), region.ranges["h"].low.reshape(1, -1, 1, 1)
+    column = torch.arange(tiles.columns, device=region.device).reshape(1, 1, 1, -1)
+    step = max(1, _GRID // (batch * heads * tiles.columns))
+    looks = []
+    for first in range(0, rows_, step):
+        row = torch.arange(first, min(first + step, rows_), device=region.device).reshape(1, 1, -1, 1)
+        looks.append(look_at_grid(mask, _boxes(b, h, row, column, sizes, block), region))
+    seen, hidden, still = (torch.cat([getattr(x, name) for x in looks], 2) for name in ("seen", "hidden", "open"))
+    return Look(seen, hidden, still)
 
 
 def index_errors(node: Node, sizes: Sizes, tensors: Mapping[str, Tensor]) -> list[tuple[Load, int, int, int]]:

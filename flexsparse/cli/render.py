@@ -176,7 +176,7 @@ def explanation(found: Explanation, tiles: str) -> RenderableType:
         f"{dtype} on {shapes.device}, {'with' if shapes.needs_grad else 'without'} gradients"
     )
     work = "depends on the call" if plan.flops is None else f"{plan.flops:.3g} operations forward, in whole tiles"
-    mask_text = f"{plan.mask_rows} row(s) x {plan.mask_heads} head(s) of tiles are kept"
+    mask_text = f"{plan.mask_rows} row(s) x {plan.mask_heads} head(s) of tiles are kept{plan.heads_alike}"
     rows: list[tuple[str, str | Text]] = [("pattern", Text(found.pattern, "bold")), ("shapes", operands)]
     after: list[tuple[str, str | Text]] = [("tiles", tiles), ("work", work), ("mask", mask_text)]
     if found.cost is not None:

@@ -48,6 +48,10 @@ class Gate(Node):
         return Kind.REAL
 
 
+# The numbers of every per_head list of the program.
+Tables = tuple[tuple[int | float, ...], ...]
+
+
 @dataclass(frozen=True)
 class Chosen(Node):
     """Whether query q chose the block of key kv; the query's own block always is."""
@@ -81,7 +85,7 @@ class Program:
     gate_logit: Node
     selections: tuple[SelectionNode, ...]
     tensors: tuple[TensorSpec, ...]
-    tables: tuple[tuple[int | float, ...], ...] = ()
+    tables: Tables = ()
     head_groups: tuple[int, ...] = ()
     idle: tuple[str, ...] = ()
     sink: Node = NO_SINK

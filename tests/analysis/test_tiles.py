@@ -183,3 +183,14 @@ def test_look_ups_that_can_leave_their_tensor_are_found() -> None:
     assert len(index_errors(inside, Sizes(2, 1, 40, 40, q_offset=1), tensors)) == 1
     [(load, dim, low, high)] = index_errors(lower((doc[b, q - 1] == 0).node).mask, Sizes(2, 1, 40, 40), tensors)
     assert (str(load.tensor.name), dim, low, high) == ("doc", 1, -1, 38)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_numbers_beyond_a_tensors_dtype_are_compared_as_numbers(dtype: torch.dtype) -> None:
+    doc: Any = captured("doc", dims=("b", "s"))
+    ids = (torch.arange(64) // 16)[None].to(dtype)
+    for mask in (doc[b, kv] <= q - 40, doc[b, kv] > q - 40, doc[b, kv] < q * 4096, doc[b, kv] >= q * -4096):
+        tiles = classify(lower(mask.node).mask, Sizes(1, 1, 64, 64), {"doc": ids}, block=BLOCK)
+        dense = fs.dense_mask(mask, 64, doc=ids)
+        assert_tiles_sound(tiles.kinds, BLOCK, dense)
+        assert torch.equal(tiles.kinds, exact_kinds(dense, BLOCK))
