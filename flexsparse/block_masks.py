@@ -53,7 +53,7 @@ def block_mask(
     node = _node(pattern)
     compiled = compile_pattern(node)
     if compiled.program.chosen:
-        raise needs_operands(f"block_mask({pattern})")
+        raise needs_operands(f"block_mask({parse(pattern) if isinstance(pattern, str) else pattern})")
     shapes, buffers = _bound(node, compiled, (q_len, kv_len), batch, heads, device, captured)
     refuse_outside(compiled.program, shapes, buffers)
     tiles = classify_tiles(compiled.program, shapes, settings, buffers)
