@@ -8,6 +8,7 @@ are float32.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import linecache
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flexsparse.errors import ShapeError
 from flexsparse.ir.nodes import (
     COMPARISONS,
     OPERATIONS,
@@ -92,7 +94,26 @@ def generate(program: Program, title: str, *, offset: bool = False) -> Generated
     module = types.ModuleType(f"flexsparse_generated_{digest}")
     exec(compile(source, filename, "exec"), module.__dict__)
     sys.modules[module.__name__] = module
-    return Generated(source, filename, arguments, module.build)
+    return Generated(source, filename, arguments, _refusing(module.build, title))
+
+
+def _refusing(build: Callable[..., dict[str, Any]], title: str) -> Callable[..., dict[str, Any]]:
+    """``build``, which computes functions of sizes alone in Python, with an error in words where they have no value."""
+
+    @functools.wraps(build)
+    def refusing(**values: Any) -> dict[str, Any]:
+        try:
+            return build(**values)
+        except (ArithmeticError, ValueError) as error:
+            sizes = ", ".join(f"{name}={values[name]}" for name in SIZE_SYMBOLS if name in values)
+            raise ShapeError(
+                "sizes",
+                got=f"{sizes} ({error})",
+                expected=f"sizes at which every function of sizes alone in {title} has a value",
+                mend="Bound its argument, as in exp(minimum(kv_len, 700)).",
+            ) from error
+
+    return refusing
 
 
 def _arguments(program: Program, offset: bool) -> tuple[str, ...]:

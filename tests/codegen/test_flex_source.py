@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import sys
 import traceback
 from typing import Any
@@ -211,18 +212,27 @@ def test_compiled_pattern_text_survives_pickle() -> None:
     assert fs.compile(again).source == fs.compile(HYBRID).source
 
 
-@pytest.mark.xfail(reason="functions of sizes alone are computed by Python's math, which raises", strict=True)
 @pytest.mark.parametrize(
-    "text", ["exp(kv_len) > q", "sqrt(-q_len / 4) >= q", "log(q_len - 5) < q", "q // (kv_len - 800) < 1"]
+    ("text", "fine", "refused", "reason"),
+    [
+        ("exp(kv_len) > q", 5, 800, "math range error"),
+        ("sqrt(10 - q_len / 4) >= q", 5, 800, "math domain error|expected a nonnegative input"),
+        ("log(q_len - 5) < q", 800, 5, "math domain error|expected a positive input"),
+    ],
 )
-def test_functions_of_sizes_outside_their_domain_are_what_torch_makes_of_them(text: str) -> None:
-    # Python's math raises where torch gives inf or NaN; integers have no such value, so that is refused in words.
+def test_functions_of_sizes_outside_their_domain_are_refused_in_words(
+    text: str, fine: int, refused: int, reason: str
+) -> None:
     pattern: Any = fs.parse(text)
-    for size in (5, 800):
-        shapes = plain_shapes(size)
-        if "//" in text and size == 800:
-            with pytest.raises(fs.FlexsparseError):
-                bound_and_functions(pattern, shapes, {})
-            continue
-        mask = generated_mask(bound_and_functions(pattern, shapes, {})[1], shapes)
-        assert torch.equal(mask, fs.dense_mask(pattern, size))
+    mask = generated_mask(bound_and_functions(pattern, plain_shapes(fine), {})[1], plain_shapes(fine))
+    assert torch.equal(mask, fs.dense_mask(pattern, fine))
+    with pytest.raises(fs.errors.ShapeError) as caught:
+        bound_and_functions(pattern, plain_shapes(refused), {})
+    assert re.search(rf"sizes: got (q|kv)_len={refused} \(.*({reason})", str(caught.value))
+    assert f"every function of sizes alone in {text} has a value. Bound its argument" in str(caught.value)
+
+
+def test_the_refusal_is_what_a_call_raises() -> None:
+    query = torch.randn(1, 1, 800, 16)
+    with pytest.raises(fs.errors.ShapeError, match="sizes: got kv_len=800"):
+        fs.compile("exp(kv_len) > q", backend="chunked")(query, query, query)
