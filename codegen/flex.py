@@ -18,29 +18,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flexsparse.codegen.emitter import Emitter, is_uniform, opaque_name
 from flexsparse.errors import ShapeError
 from flexsparse.ir.nodes import (
-    COMPARISONS,
     OPERATIONS,
     SIZE_SYMBOLS,
     Apply,
     Constant,
-    Kind,
     Load,
     Node,
-    Opaque,
     Symbol,
-    mentions,
     walk,
 )
-from flexsparse.ir.program import Chosen, Gate, Program, Selected, program_text, table_name
+from flexsparse.ir.program import Gate, Program, program_text, table_name
 
-_TENSOR_CALLS = {"abs": "torch.abs", **{f: f"torch.{f}" for f in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "cos")}}
-_TENSOR_CALLS |= {"sigmoid": "torch.sigmoid"}
-_SCALAR_CALLS = {
-    **{f: f"math.{f}" for f in ("exp", "log", "log2", "sqrt", "tanh", "cos", "floor")},
-    **{"abs": "abs", "minimum": "min", "maximum": "max"},
-}
 _SCORE_FUNCTIONS = ("score_mod", "kept_score_mod", "lost_score_mod")
 _WIDTH = 100
 _COMMENT_WIDTH = 160
@@ -128,11 +119,6 @@ def _arguments(program: Program, offset: bool) -> tuple[str, ...]:
     return (*names, "q_offset") if offset else tuple(names)
 
 
-def opaque_name(number: int) -> str:
-    """The name under which ``build`` takes the ``number``-th function that could not be traced."""
-    return f"opaque_{number}"
-
-
 def opaque_functions(program: Program) -> dict[str, Callable[..., Any]]:
     """The functions that could not be traced, under the names by which ``build`` takes them."""
     return {opaque_name(n): leaf.function for n, leaf in enumerate(program.opaque)}
@@ -153,7 +139,7 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bo
     }
     present = {name: body for name, body in bodies.items() if body}
     lines = [f"    {line}" for line in _argument_comments(program)]
-    emitter = _Emitter("torch.float32", None)
+    emitter = Emitter("torch.float32", None)
     lines += [f"    {name} = {emitter.emit(node)}" for node, name in hoisted.items()]
     for body in present.values():
         lines += ["", textwrap.indent(body, "    ")]
@@ -189,7 +175,7 @@ def _function(name: str, parameters: str, offset: bool, comment: str, body: list
 
 
 def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
-    emitter = _Emitter("torch.float32", hoisted, program.opaque, offset)
+    emitter = Emitter("torch.float32", hoisted, program.opaque, offset)
     if isinstance(program.mask, Constant):
         body = "return kv >= 0" if program.mask.value else "return kv < 0"
     else:
@@ -220,7 +206,7 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], na
     if value_gate and total is None:
         return ""
     steps: list[tuple[str, Node]] = []
-    emitter = _Emitter("score.dtype", hoisted, program.opaque, offset)
+    emitter = Emitter("score.dtype", hoisted, program.opaque, offset)
     body: list[str] = []
     if program.gate_k != one:
         body.append(f"gate = {emitter.emit(program.gate_k)}")
@@ -255,7 +241,7 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], na
 def _value_gate_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
     if program.gate_v == Constant(1.0):
         return ""
-    emitter = _Emitter("torch.float32", hoisted, offset=offset)
+    emitter = Emitter("torch.float32", hoisted, offset=offset)
     body = [*emitter.gate_lines([program.gate_v]), f"return {emitter.emit(program.gate_v)}"]
     return _function("value_gate", "b, h, q, kv", offset, program_text(program.gate_v), body)
 
@@ -264,177 +250,7 @@ def _sink_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> 
     """The sink, computed outside FlexAttention from index tensors that broadcast together."""
     if not program.has_sink:
         return ""
-    emitter = _Emitter("like.dtype", hoisted)
+    emitter = Emitter("like.dtype", hoisted)
     shown = emitter.emit(program.sink)
     body = f"return torch.full_like(like, {shown})" if is_uniform(program.sink) else f"return {shown}"
     return _function("sink_logit", "like, b, h, q", offset, program_text(program.sink), [body])
-
-
-class _Emitter:
-    """Nodes to Python text over torch. Scalars (sizes and constants) are computed by Python itself."""
-
-    def __init__(
-        self,
-        real_dtype: str,
-        hoisted: dict[Node, str] | None,
-        opaque: tuple[Opaque, ...] = (),
-        offset: bool = False,
-    ) -> None:
-        self.real_dtype = real_dtype
-        # q is a position; what was made for the queries of this call counts them from 0.
-        self.row = "q - q_offset" if offset else "q"
-        self.opaque = opaque
-        self.hoisted = hoisted
-
-    def emit(self, node: Node) -> str:
-        return self._render(node)[0]
-
-    def emit_mask(self, node: Node) -> str:
-        """A mask that is a tensor, also where it depends on sizes alone and would be a Python boolean."""
-        return f"(kv >= 0) & {self._wrapped(node, Kind.BOOL, 8)}" if is_uniform(node) else self.emit(node)
-
-    def emit_score(self, node: Node) -> str:
-        """A score with the shape and dtype of the running one, also where it does not depend on that."""
-        if mentions(node, "score"):
-            return self._as(Kind.REAL, node)
-        # FlexAttention's backward wants a gradient for the running score, even where it is 0.
-        return f"0.0 * score + {self._wrapped(node, Kind.REAL, 7)}"
-
-    def gate_lines(self, nodes: list[Node]) -> list[str]:
-        """Local variables for every gate among the nodes; each of its tensors is indexed once."""
-        gates = sorted({g for n in nodes for g in walk(n) if isinstance(g, Gate)}, key=lambda g: g.number)
-        lines = []
-        for gate in gates:
-            n = gate.number
-            head = f"b, h // group_{n}"
-            suffixes = ("", "_fixed") if gate.straight_through else ("",)
-            lines.append(f"least = least_{n}[{head}, q]")
-            for suffix in suffixes:
-                lines.append(f"x = u_{n}{suffix}[{head}, kv] - tau_{n}{suffix}[{head}, q]")
-                lines.append(f"m_{n}{suffix} = torch.where(x >= 1.0, 1.0, torch.where(x <= least, least, x))")
-            if gate.straight_through:
-                lines.append(f"m_{n} = 1.0 + (m_{n} - m_{n}_fixed)")
-        return lines
-
-    def _render(self, node: Node) -> tuple[str, int]:
-        match node:
-            case Constant(value):
-                return repr(value) if value not in (float("inf"), -float("inf")) else f'float("{value}")', 10
-            case Symbol(name):
-                return name, 10
-            case Load(tensor, ()):
-                return tensor.name, 10
-            case Opaque(function, _, args):
-                number = next(n for n, known in enumerate(self.opaque) if known.function is function)
-                given = [*(self.emit(a) for a in args), "b", "h", "q", "kv"]
-                return f"{opaque_name(number)}({', '.join(given)})", 10
-            case Load(tensor, index):
-                return f"{tensor.name}[{', '.join(self.emit(i) for i in index)}]", 10
-            case Selected(n):
-                head = f"b, h // group_{n}, kv"
-                return f"(birth_{n}[{head}] <= q) & (q < death_{n}[{head}])", 4
-            case Chosen(topk):
-                return f"{topk.name}[b, h, {self.row}, kv // {topk.block}]", 10
-            case Gate(n):
-                return f"m_{n}", 10
-            case Apply(op, args):
-                return self._render_apply(node, op, args)
-        raise AssertionError(f"no code for {type(node).__name__}")
-
-    def _render_apply(self, node: Node, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
-        if is_uniform(node):
-            # A function of sizes is computed once, in front of the functions.
-            if self.hoisted is not None and not OPERATIONS[op].symbol:
-                return self.hoisted.setdefault(node, f"c_{len(self.hoisted)}"), 10
-            return self._scalar(op, args)
-        operation = OPERATIONS[op]
-        if op in ("minimum", "maximum"):
-            return self._extreme(op, args), 10
-        if op == "where":
-            branches = [self._as(node.kind, a) for a in args[1:]]
-            if is_uniform(args[1]) and is_uniform(args[2]) and node.kind is Kind.REAL:
-                # Two Python numbers would give torch's default dtype; one full tensor fixes the score's.
-                owner = self.real_dtype.removesuffix(".dtype")
-                branches[0] = f"torch.full_like({owner}, {branches[0]})" if owner in ("score", "like") else branches[0]
-            return f"torch.where({self.emit_mask(args[0])}, {', '.join(branches)})", 10
-        if op == "floor":
-            return f"torch.floor({self._as(Kind.REAL, args[0])}).to(torch.int64)", 10
-        if op in ("truncdiv", "truncmod"):
-            call = "torch.div" if op == "truncdiv" else "torch.fmod"
-            mode = ', rounding_mode="trunc"' if op == "truncdiv" else ""
-            return f"{call}({self.emit(args[0])}, {self.emit(args[1])}{mode})", 10
-        if not operation.symbol:
-            return f"{_TENSOR_CALLS[op]}({self._as(node.kind, args[0])})", 10
-        return self._infix(node, op, args)
-
-    def _infix(self, node: Node, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
-        operation = OPERATIONS[op]
-        wanted = node.kind
-        if op in COMPARISONS:
-            wanted = Kind.REAL if any(a.kind is Kind.REAL for a in args) else Kind.INT
-        level = operation.precedence
-        if operation.arity == 1:
-            if op == "not" and is_uniform(args[0]):
-                return f"(not {self.emit(args[0])})", 10
-            return f"{operation.symbol}{self._wrapped(args[0], wanted, level)}", level
-        if op in ("and", "or"):
-            return f" {operation.symbol} ".join(self.chain(node, op)), level
-        left = self._wrapped(args[0], wanted, level + 1 if op in COMPARISONS else level)
-        right = self._wrapped(args[1], wanted, level + 1)
-        return f"{left} {operation.symbol} {right}", level
-
-    def chain(self, node: Node, op: str) -> list[str]:
-        """The operands of a chain of one mask operator, each in parentheses unless atomic."""
-        if isinstance(node, Apply) and node.op == op:
-            return [operand for arg in node.args for operand in self.chain(arg, op)]
-        return [self._wrapped(node, Kind.BOOL, 8)]
-
-    def _wrapped(self, node: Node, kind: Kind, at_least: int) -> str:
-        if kind is Kind.REAL and node.kind is Kind.INT and not is_uniform(node):
-            return self._as(kind, node)
-        rendered, level = self._render(node)
-        return rendered if level >= at_least else f"({rendered})"
-
-    def _as(self, kind: Kind, node: Node) -> str:
-        """The node's text, converted where a real is wanted and an integer tensor comes."""
-        if kind is Kind.REAL and node.kind is Kind.INT and not is_uniform(node):
-            return f"{self._wrapped(node, Kind.INT, 10)}.to({self.real_dtype})"
-        return self.emit(node)
-
-    def _extreme(self, op: str, args: tuple[Node, ...]) -> str:
-        kind = Kind.REAL if any(a.kind is Kind.REAL for a in args) else Kind.INT
-        for number, tensor in (args, args[::-1]):
-            if is_uniform(number):
-                bound = "max" if op == "minimum" else "min"
-                return f"torch.clamp({self._as(kind, tensor)}, {bound}={self.emit(number)})"
-        return f"torch.{op}({', '.join(self._as(kind, a) for a in args)})"
-
-    def _scalar(self, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
-        operation = OPERATIONS[op]
-        shown = [self.emit(a) for a in args]
-        if op == "exp2":
-            return f"2.0 ** ({shown[0]})", 9
-        if op == "sigmoid":
-            return f"1 / (1 + math.exp(-({shown[0]})))", 7
-        if op == "where":
-            return f"({shown[1]} if {shown[0]} else {shown[2]})", 10
-        if op == "truncdiv":
-            return f"int({shown[0]} / {shown[1]})", 10
-        if op == "truncmod":
-            return f"int(math.fmod({shown[0]}, {shown[1]}))", 10
-        if not operation.symbol:
-            return f"{_SCALAR_CALLS[op]}({', '.join(shown)})", 10
-        if operation.arity == 1:
-            return f"({'not ' if op == 'not' else '-'}{self._wrapped(args[0], Kind.REAL, 9)})", 10
-        level = operation.precedence
-        left = self._wrapped(args[0], Kind.REAL, level + 1 if op in COMPARISONS else level)
-        return f"{left} {operation.symbol} {self._wrapped(args[1], Kind.REAL, level + 1)}", level
-
-
-def is_uniform(node: Node) -> bool:
-    """Whether the node is one number for the whole call: constants and sizes only."""
-    if isinstance(node, Load | Selected | Gate | Opaque):
-        return False
-    if isinstance(node, Symbol):
-        return node.name in SIZE_SYMBOLS
-    return all(is_uniform(child) for child in node.children)

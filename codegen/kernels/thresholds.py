@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.grid import Quantized
-from flexsparse.codegen.kernels.staircase import Crossings, Events
+from flexsparse.codegen.kernels.staircase import Crossings
 
 _BLOCK = 1024
 _LOWEST = -(2**63)

@@ -9,6 +9,7 @@ from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
 from flexsparse.codegen.kernels import staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
+from flexsparse.codegen.kernels.events import counted_events, merged_events
 from flexsparse.ops.causal import Lifetimes, Thresholds, bounds_of
 from flexsparse.ops.projection import result_dtype
 
@@ -23,12 +24,12 @@ def select(
     order = _order(u, bounds)
     found_thresholds, found_lifetimes = None, None
     if thresholds:
-        events = staircase.merged_events(order, grid.value, grid.alive, grid.unit, bounds)
+        events = merged_events(order, grid.value, grid.alive, grid.unit, bounds)
         found = staircase.crossings(events, u.shape[1], budget, counts=grid.counts, unit=grid.unit, segments=bounds)
         made = threshold_kernels.thresholds(found, events, grid, budget, after, bounds, result_dtype(u))
         found_thresholds = Thresholds(*made)
     if lifetimes:
-        counted = staircase.counted_events(order)
+        counted = counted_events(order)
         found = staircase.crossings(counted, u.shape[1], budget - 1, segments=bounds)
         lived = lifetime_kernels.lifetimes(found.reach, counted.plus, grid.alive, grid.counts, budget, after, bounds)
         found_lifetimes = Lifetimes(*lived)
