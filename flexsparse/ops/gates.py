@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexsparse.errors import DtypeError, ShapeError
+from flexsparse.errors import DtypeError, PatternArgumentError, ShapeError
 
 
-def gates(u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+def gates(u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor, *, validate: bool = True) -> Tensor:
     """``clip(u[key_index] - tau[query_index], 0, 1)``, with gradients to u and tau; in tau's dtype.
 
     u and tau [..., S]; the indices [..., N], integers, whose leading dimensions broadcast with theirs; a negative key
     index (an empty slot) has gate 0. A key of -inf has gate 0 and one of +inf gate 1 under any finite or lower tau.
-    The gate says nothing of whether the key is a candidate of the query. Raises ShapeError and DtypeError.
+    The gate says nothing of whether the key is a candidate of the query. Raises ShapeError and DtypeError, and, unless
+    ``validate=False`` (it costs a synchronisation on a GPU), PatternArgumentError for an index beyond S.
     """
     for name, index in (("query_index", query_index), ("key_index", key_index)):
         if index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
@@ -29,12 +30,23 @@ def gates(u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor) -> Ten
             got=f"shape {tuple(key_index.shape)} beside query_index {tuple(query_index.shape)}",
             expected=f"shapes [..., N] that broadcast together and with u's {tuple(u.shape)}",
         ) from None
+    if validate and not torch.compiler.is_compiling():
+        _refuse_outside("query_index", query_index, 0, u.shape[-1])
+        _refuse_outside("key_index", key_index, None, u.shape[-1])
     count = key_index.shape[-1]
     scores = u.to(tau.dtype).expand(*lead, u.shape[-1])
     keys = key_index.long().expand(*lead, count)
     at = scores.gather(-1, keys.clamp(min=0))
     threshold = tau.expand(*lead, tau.shape[-1]).gather(-1, query_index.long().expand(*lead, count))
     return torch.where(keys < 0, 0.0, _clip(at, threshold))
+
+
+def _refuse_outside(name: str, index: Tensor, least: int | None, size: int) -> None:
+    bad = index >= size if least is None else (index >= size) | (index < least)
+    if bool(bad.any()):
+        found = int(index[bad][0])
+        expected = f"positions below {size}" if least is None else f"positions from {least} to {size - 1}"
+        raise PatternArgumentError(name, got=str(found), expected=expected)
 
 
 def dense_gates(u: Tensor, tau: Tensor) -> Tensor:

@@ -133,6 +133,11 @@ def test_bad_input_is_refused_in_words() -> None:
         gates(u, u, torch.zeros(1, dtype=torch.long), torch.zeros(1))
     with pytest.raises(ShapeError, match=r"key_index: got shape \(2, 4\) beside query_index \(5,\)"):
         gates(u, u, torch.zeros(5, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long))
+    last = torch.tensor([7])
+    with pytest.raises(PatternArgumentError, match="key_index: got 8, expected positions below 8"):
+        gates(u, u, last, last + 1)
+    with pytest.raises(PatternArgumentError, match="query_index: got -1, expected positions from 0 to 7"):
+        gates(u, u, last - 8, last)
     with pytest.raises(PatternArgumentError, match="chunk: got 0, expected an integer of at least 1"):
         slot_table(causal_topk(u, 2), 2, 0)
 
