@@ -23,9 +23,10 @@ pytestmark = [
 ]
 # The interpreter takes seconds a case: every kind of difficulty once, and on a GPU everything.
 CHOSEN = ("normal", "huge", "heavy ties", "both infinities")
-CASES = [(name, n, 20, 7) for name in CHOSEN for n in (140,)] + [("normal", 1, 1, 0), ("all -inf", 70, 3, 0)]
+CASES = [(name, n, 20, 7) for name in CHOSEN for n in (140,)] + [("normal", 1, 1, 0), ("all -inf", 70, 3, 2**40)]
 if not INTERPRETED:
     CASES = [(name, n, k, a) for name in REGIMES for n, k, a in ((1, 1, 0), (300, 40, 17), (5000, 64, 100))]
+    CASES += [("normal", 300, 2**40, 3), ("normal", 300, 5, 2**40)]
 
 
 def same(name: str, got: Tensor, wanted: Tensor) -> None:
@@ -79,3 +80,12 @@ def test_nan_marks_its_row_from_its_position_on() -> None:
     same("death", lived.death, causal.lifetimes(u, 5, ranges).death)
     assert torch.isnan(found.tau[1, 40:]).all()
     assert not torch.isnan(found.tau[0]).any()
+
+
+def test_rows_that_no_launch_can_hold_are_refused() -> None:
+    from flexsparse.errors import ShapeError
+    from flexsparse.ops import kernels
+
+    u = torch.zeros(1, 1, device=DEVICE).expand(1, (1 << 24) + 1)
+    with pytest.raises(ShapeError, match="u: got 16777217 scores in a row, expected at most 16777216 on a GPU"):
+        kernels.select(u, 5, 0, None, thresholds=True, lifetimes=False)
