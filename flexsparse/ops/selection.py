@@ -41,8 +41,8 @@ def causal_sparsek(
     of i's segment where ``segments`` ([S], or broadcastable to u, non-decreasing integers) is given. tau is float32
     (float64 for float64); -inf where at most k candidates are above -inf, +inf where more than k are +inf.
     Computed on a grid of exact integers: two runs, and CPU and GPU, give the same bits. O(S log S) time and O(S)
-    memory for any input; a GPU takes rows of up to 2^24 scores. Works under ``torch.compile(fullgraph=True)``, CUDA graphs (``validate=False``) and
-    ``torch.func.vmap``; autocast does not change it.
+    memory for any input; a GPU takes rows of up to 2^24 scores. Works under ``torch.compile(fullgraph=True)``, CUDA
+    graphs (``validate=False``) and ``torch.func.vmap``; autocast does not change it.
     Raises DtypeError, ShapeError, PatternArgumentError, SegmentError, NonFiniteScoresError for NaN unless
     ``validate=False`` (then tau is NaN from that position of that row on), and GradientError for a second derivative.
     """
