@@ -25,6 +25,10 @@ _SCALAR_CALLS = {
     **{"abs": "abs", "minimum": "min", "maximum": "max"},
 }
 
+_CLIPPED = "torch.where(x >= 1.0, 1.0, torch.where(x <= least, least, x))"
+# What a gate is of x = u - tau; under "ste_identity" x is u.
+_GATE_OF = {"": _CLIPPED, "ste": _CLIPPED, "ste_identity": "x", "ste_sigmoid": "torch.sigmoid(x)"}
+
 
 def opaque_name(number: int) -> str:
     """The name under which ``build`` takes the ``number``-th function that could not be traced."""
@@ -68,12 +72,13 @@ class Emitter:
         for gate in gates:
             n = gate.number
             head = f"b, h // group_{n}"
-            suffixes = ("", "_fixed") if gate.straight_through else ("",)
-            lines.append(f"least = least_{n}[{head}, q]")
-            for suffix in suffixes:
-                lines.append(f"x = u_{n}{suffix}[{head}, kv] - tau_{n}{suffix}[{head}, q]")
-                lines.append(f"m_{n}{suffix} = torch.where(x >= 1.0, 1.0, torch.where(x <= least, least, x))")
-            if gate.straight_through:
+            if gate.through in ("", "ste"):
+                lines.append(f"least = least_{n}[{head}, q]")
+            for suffix in ("", "_fixed") if gate.through else ("",):
+                shift = "" if gate.through == "ste_identity" else f" - tau_{n}{suffix}[{head}, q]"
+                lines.append(f"x = u_{n}{suffix}[{head}, kv]{shift}")
+                lines.append(f"m_{n}{suffix} = {_GATE_OF[gate.through]}")
+            if gate.through:
                 lines.append(f"m_{n} = 1.0 + (m_{n} - m_{n}_fixed)")
         return lines
 

@@ -32,6 +32,7 @@ from flexsparse.ir.nodes import (
 )
 from flexsparse.ir.program import Gate, Program, program_text, table_name
 
+_SOFT = {"ste_identity": "1, with the gradient of u", "ste_sigmoid": "1, with the gradient of sigmoid(u - tau)"}
 _SCORE_FUNCTIONS = ("score_mod", "kept_score_mod", "lost_score_mod")
 _WIDTH = 100
 _COMMENT_WIDTH = 160
@@ -68,7 +69,7 @@ def selection_arguments(program: Program, number: int) -> tuple[str, ...]:
     names = [f"birth_{number}", f"death_{number}", f"group_{number}"]
     if used:
         names += [f"u_{number}", f"tau_{number}", f"least_{number}"]
-    if any(gate.straight_through for gate in used):
+    if any(gate.through for gate in used):
         names += [f"u_{number}_fixed", f"tau_{number}_fixed"]
     return tuple(names)
 
@@ -163,7 +164,8 @@ def _argument_comments(program: Program) -> Iterator[str]:
     for number in range(len(program.selections)):
         yield f"# selection {number}: key kv is selected for the queries birth <= q < death; [B, H_scores, S] int32"
         if len(selection_arguments(program, number)) > 3:
-            yield f"# its gate is clip(u - tau, least, 1), each [B, H_scores, S]; group_{number} is H // H_scores"
+            soft = _SOFT.get(program.selections[number].gate, "clip(u - tau, least, 1)")
+            yield f"# its gate is {soft}, each [B, H_scores, S]; group_{number} is H // H_scores"
 
 
 def _function(name: str, parameters: str, offset: bool, comment: str, body: list[str]) -> str:
@@ -196,7 +198,7 @@ def _gate_total(program: Program) -> float | None:
     """
     if program.gate_v == Constant(1.0):
         return None
-    return 2.0 if any(isinstance(n, Gate) and n.straight_through for n in walk(program.gate_v)) else 1.0
+    return 2.0 if any(isinstance(n, Gate) and n.through for n in walk(program.gate_v)) else 1.0
 
 
 def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], name: str) -> str:

@@ -355,14 +355,20 @@ class _Evaluator:
             ids = ids.reshape(-1, 1, ids.shape[-1])
             candidate = candidate & (ids[:, :, q.flatten(), None] == ids[:, :, None, :])
         z = torch.where(candidate, scores.unsqueeze(2), -torch.inf)
-        m = _sorted_gates(z, node.k)
+        m, tau = _sorted_gates(z, node.k)
         # A stable descending sort puts the earlier key first on ties.
         order = z.sort(dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order[..., : node.k], True) & (z > -torch.inf)
-        if node.gate == "ste":
+        through = node.gate.startswith("ste")
+        if node.gate == "ste_identity":
+            m = _finite_scores(z)
+        if node.gate == "ste_sigmoid":
+            known = torch.isfinite(z) & torch.isfinite(tau)
+            m = torch.where(known, torch.sigmoid(_finite_scores(z) - _finite_scores(tau)), 1.0)
+        if through:
             m = 1 + (m - m.detach())
-        on_k = m if node.gate in ("kv", "k", "ste") else self.one
-        on_v = m if node.gate in ("kv", "v", "ste") else self.one
+        on_k = m if through or node.gate in ("kv", "k") else self.one
+        on_v = m if through or node.gate in ("kv", "v") else self.one
         return _Dense(chosen, lambda s: s, on_k, on_v, m if node.gate == "logit" else self.one)
 
 
@@ -374,8 +380,8 @@ def _block_scores(score: str, query: Tensor, keys: Tensor) -> Tensor:
     return torch.maximum(*ends).sum(-1)
 
 
-def _sorted_gates(z: Tensor, k: int) -> Tensor:
-    """SPARSEK gates along the last dimension, by sorting; exact gradients from autograd. z float64."""
+def _sorted_gates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """SPARSEK gates along the last dimension and tau, by sorting; exact gradients from autograd. z float64."""
     with torch.no_grad():
         count = (z > -torch.inf).sum(-1, keepdim=True)
         infinite = z == torch.inf
@@ -407,7 +413,10 @@ def _sorted_gates(z: Tensor, k: int) -> Tensor:
     free = torch.where(unsaturated, _finite_scores(z), 0.0)
     exact_tau = (free.sum(-1, keepdim=True) - (k - whole)) / n
     gates = torch.where(unsaturated, _finite_scores(z) - exact_tau, (saturated | first).double())
-    return torch.where(torch.isnan(z).any(-1, keepdim=True), torch.nan, gates)
+    # Where no gate is strictly between 0 and 1, tau is constant.
+    moving = unsaturated.any(-1, keepdim=True)
+    tau = torch.where(moving, exact_tau, tau.masked_fill(everything, -torch.inf).masked_fill(last < 0, torch.inf))
+    return torch.where(torch.isnan(z).any(-1, keepdim=True), torch.nan, gates), tau
 
 
 def _finite_scores(z: Tensor) -> Tensor:

@@ -304,7 +304,11 @@ def topk(
     Candidates of query q are the keys ``kv <= q - after``, of the query's own segment if ``segments``
     names a tensor of non-decreasing ids ([S] or [B, S]). ``scores`` names a tensor [B, 1, S],
     [B, H_kv, S] or [B, H_q, S]. ``gate`` says how the soft gate m = clip(score - tau, 0, 1) acts:
-    "kv", "k", "v", "logit", "none" (no gradient to the scores) or "ste".
+    on K and V ("kv"), on one of them ("k", "v"), as log m on the score ("logit"), or not at all ("none", which gives
+    the scores no gradient). The straight-through gates select hard, with gates of 1, and give the scores the gradient
+    that "kv" would have at gates of 1: of m itself ("ste"), of the score as it is ("ste_identity": every selected key
+    learns, tau does not), or of sigmoid(score - tau) ("ste_sigmoid": none is ever cut off).
+    Under every gate the keys are the hard top-k by query-independent scores, so eviction is final.
     Source: Lou, Jia, Zheng, Tu, arXiv 2406.16747; ``after``, ``segments`` and the gates beside "kv" are ours.
     Raises PatternArgumentError for k < 1, after < 0 or an unknown gate.
     """

@@ -80,8 +80,8 @@ class _Lowering:
         if node not in self.selections:
             self.selections.append(node)
         number = self.selections.index(node)
-        gate = Gate(number, straight_through=node.gate == "ste")
-        on_k, on_v = node.gate in ("kv", "k", "ste"), node.gate in ("kv", "v", "ste")
+        gate = Gate(number, node.gate if node.gate.startswith("ste") else "")
+        on_k, on_v = (node.gate in ("kv", side) or bool(gate.through) for side in ("k", "v"))
         return _Parts(
             Selected(number),
             gate_k=gate if on_k else ONE,
@@ -173,7 +173,7 @@ def _larger(left: _Parts, right: _Parts, mine: Node, other: Node) -> Node:
         return mine
     if mine == ONE:
         return Apply("where", (left.mask, ONE, other))
-    if other == ONE and not any(isinstance(n, Gate) and n.straight_through for n in walk(mine)):
+    if other == ONE and not any(isinstance(n, Gate) and n.through for n in walk(mine)):
         return Apply("where", (right.mask, ONE, mine))
     wins = Apply("or", (Apply("not", (right.mask,)), Apply("ge", (mine, other))))
     return Apply("where", (Apply("and", (left.mask, wins)), mine, other))
@@ -232,7 +232,7 @@ def _renumbered(
         if isinstance(node, Selected):
             return Selected(order.index(node.number))
         if isinstance(node, Gate):
-            return Gate(order.index(node.number), node.straight_through)
+            return Gate(order.index(node.number), node.through)
         return rebuild(node, tuple(renumber(child) for child in node.children))
 
     return [renumber(e) for e in expressions], [selections[n] for n in order]

@@ -156,7 +156,7 @@ class PerHead(Node):
         return self.entries
 
 
-GATES = ("kv", "k", "v", "logit", "none", "ste")
+GATES = ("kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid")
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,12 @@ class Selected(Node):
 class Gate(Node):
     """The soft gate m = clip(u[kv] - tau[q], 0, 1) of selection ``number``.
 
-    ``straight_through`` asks for 1 in the forward pass with the gradient of m in the backward pass.
+    ``through`` asks for 1 in the forward pass, with the gradient of m ("ste"), of u[kv] ("ste_identity") or of
+    sigmoid(u[kv] - tau[q]) ("ste_sigmoid") in the backward pass.
     """
 
     number: int
-    straight_through: bool = False
+    through: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -156,7 +157,7 @@ def _with_names(node: Node) -> Node:
     if isinstance(node, Selected):
         return _Name(f"selected_{node.number}", Kind.BOOL)
     if isinstance(node, Gate):
-        return _Name(f"ste(m_{node.number})" if node.straight_through else f"m_{node.number}", Kind.REAL)
+        return _Name(f"{node.through}(m_{node.number})" if node.through else f"m_{node.number}", Kind.REAL)
     if isinstance(node, Chosen):
         return _Name(node.topk.name, Kind.BOOL)
     return rebuild(node, tuple(_with_names(c) for c in node.children))

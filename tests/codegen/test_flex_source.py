@@ -188,6 +188,14 @@ def test_gates_are_indexed_once_and_written_once() -> None:
     assert "torch.log(gate)" in text
 
 
+def test_a_straight_through_gate_says_whose_gradient_it_takes() -> None:
+    source = fs.compile(topk(4, gate="ste_sigmoid")).source
+    assert "# its gate is 1, with the gradient of sigmoid(u - tau)" in source
+    assert source.count("m_0_fixed = torch.sigmoid(x)") == 3
+    identity = fs.compile(topk(4, gate="ste_identity")).source
+    assert "tau_0" not in identity.partition("def mask_mod")[2]
+
+
 def test_generated_functions_are_none_where_nothing_is_to_do() -> None:
     functions = functions_of(P["causal"]())
     assert functions["score_mod"] is functions["kept_score_mod"] is functions["value_gate"] is None

@@ -39,6 +39,8 @@ COMPOSITIONS: dict[str, tuple[Any, int]] = {
     "gate on V": (WINDOW | topk(32, after=96, gate="v"), 300),
     "gate on the logit": (P["sparsek"](48, gate="logit"), 300),
     "straight through": (P["sparsek"](48, gate="ste"), 300),
+    "straight through the identity": (P["sparsek"](48, gate="ste_identity"), 300),
+    "straight through a sigmoid": (P["sparsek"](48, gate="ste_sigmoid"), 300),
     "two selections": (P["sparsek"](32) | P["sparsek"](16, scores="u", gate="v"), 300),
     "learned sinks": (WINDOW & P["learned_sinks"](), 513),
     "learned sinks on a hybrid": ((WINDOW | P["sparsek"](32, after=96)) & P["learned_sinks"](), 300),

@@ -66,6 +66,14 @@ GOLDEN: dict[str, tuple[Any, str]] = {
         "selection  selected_0, m_0 = topk(8, gate='ste')\n"
         "mask       = selected_0\nscore      = score\ngate_k     = ste(m_0)\ngate_v     = ste(m_0)\ngate_logit = 1.0",
     ),
+    "straight_through_the_identity": (
+        topk(8, gate="ste_identity") & topk(8, gate="ste_sigmoid"),
+        "selection  selected_0, m_0 = topk(8, gate='ste_identity')\n"
+        "selection  selected_1, m_1 = topk(8, gate='ste_sigmoid')\n"
+        "mask       = selected_0 & selected_1\nscore      = score\n"
+        "gate_k     = ste_identity(m_0) * ste_sigmoid(m_1)\ngate_v     = ste_identity(m_0) * ste_sigmoid(m_1)\n"
+        "gate_logit = 1.0",
+    ),
     "gates_multiply": (
         topk(8, gate="v") & topk(9, scores="u", gate="v"),
         "selection  selected_0, m_0 = topk(8, gate='v')\nselection  selected_1, m_1 = topk(9, scores='u', gate='v')\n"

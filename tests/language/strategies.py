@@ -70,7 +70,7 @@ REAL_COMPARISONS = st.builds(
 NAMED_MASKS = st.sampled_from([P["causal"](), P["sliding_window"](5), P["sinks"](2), P["document"](), P["full"]()])
 MASKS = st.recursive(COMPARISONS | NAMED_MASKS | st.just(KEEP[b, kv]) | REAL_COMPARISONS, _larger_mask, max_leaves=4)
 
-GATE = st.sampled_from(["kv", "k", "v", "logit", "none", "ste"])
+GATE = st.sampled_from(["kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid"])
 SELECTIONS = st.builds(
     lambda k, after, gate, name: topk(k, after=after, gate=gate, scores=name),
     st.integers(1, 9),

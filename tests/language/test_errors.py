@@ -239,7 +239,11 @@ ARGUMENTS: list[tuple[Callable[[], object], str]] = [
     ),
     (lambda: P["moba"](block=4, k=0), "moba(k): got 0, expected an integer of at least 1."),
     (lambda: topk(2, after=-1), "topk(after): got -1, expected an integer of at least 0."),
-    (lambda: topk(2, gate="hard"), "topk(gate): got 'hard', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste'."),
+    (
+        lambda: topk(2, gate="hard"),
+        "topk(gate): got 'hard', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste', "
+        "'ste_identity', 'ste_sigmoid'.",
+    ),
     (
         lambda: topk(2, scores="key"),
         "topk(scores): got 'key', expected the keyword under which the tensor is given at the call.",

@@ -39,7 +39,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: P.sparsek(4, after=-1), "sparsek(after): got -1, expected an integer of at least 0."),
     (
         lambda: P.sparsek(4, gate="soft"),
-        "sparsek(gate): got 'soft', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste'.",
+        "sparsek(gate): got 'soft', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste', "
+        "'ste_identity', 'ste_sigmoid'.",
     ),
     (
         lambda: P.sparsek(4, scores="query"),

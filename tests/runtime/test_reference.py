@@ -12,6 +12,7 @@ from torch import Tensor
 import flexsparse as fs
 from tests.helpers import Inputs, Result, assert_same_result, make_inputs, oracle, run
 from tests.runtime.naive import Key, gates_of, naive_attention
+from tests.twins import differentiable_gates
 
 SIZE, K, WINDOW = 13, 3, 4
 GATES = ["kv", "k", "v", "logit", "none", "ste"]
@@ -52,6 +53,34 @@ def window(i: int) -> range:
 def test_selection_is_what_one_query_at_a_time_gives(gate: str) -> None:
     attend = naive(lambda u, i: [keys_with_gate(gate, j, m) for j, m in gates_of(u, K, i).items()])
     assert_same_result(run(oracle(f"sparsek({K}, gate='{gate}')"), inputs()), run(attend, inputs()))
+
+
+def tau_of(prefix: Tensor, k: int) -> Tensor:
+    """The threshold by its definition from the gates: what is free shares what the saturated ones leave of k."""
+    m = differentiable_gates(prefix, k).detach()
+    free, whole = (m > 0) & (m < 1), int((m == 1).sum())
+    if not free.any():
+        return prefix[m == 0].max().detach()
+    return (prefix[free].sum() - (k - whole)) / int(free.sum())
+
+
+@pytest.mark.parametrize("gate", ["ste_identity", "ste_sigmoid"])
+def test_straight_through_gates_take_the_gradient_of_what_they_name(gate: str) -> None:
+    def see(u: Tensor, i: int) -> list[Key]:
+        keys = []
+        for j in gates_of(u, K, i):
+            surrogate = u[j]
+            if gate == "ste_sigmoid":
+                surrogate = torch.sigmoid(u[j] - tau_of(u[: i + 1], K)) if i + 1 > K else torch.ones_like(u[j])
+            through = 1 + (surrogate - surrogate.detach())
+            keys.append(Key(j, on_k=through, on_v=through))
+        return keys
+
+    found = run(oracle(f"sparsek({K}, gate='{gate}')"), inputs())
+    assert_same_result(found, run(naive(see), inputs()))
+    learned = found.gradients["scores"]
+    assert learned is not None
+    assert float(learned.abs().max()) > 0
 
 
 @pytest.mark.parametrize("gate", GATES)
