@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from flexsparse.dense_selections import block_scores, finite_scores, sorted_gates, walk
 from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
 from flexsparse.ir.nodes import (
@@ -289,7 +290,7 @@ class _Evaluator:
                     positions = torch.arange(max(self.sizes.kv_len, self.sizes.q_len), device=tensor.device)
                     tensor = (positions[:, None] >= tensor[None, 1:]).sum(1)
                 if spec.encoding == "parents":
-                    tensor = _walk(tensor)
+                    tensor = walk(tensor)
                 while tensor.dim() < len(spec.dims):
                     tensor = tensor.unsqueeze(0)
                 parts = [self.number(i, None, dtype) for i in index]
@@ -334,7 +335,7 @@ class _Evaluator:
         query, key = (x.detach().double() for x in self.operands)
         key = key.repeat_interleave(self.sizes.heads // key.shape[1], 1)
         q, kv = self.sizes.grid("q"), self.sizes.grid("kv")
-        scores = [_block_scores(node.score, query, keys) for keys in key.split(node.block, 2)]
+        scores = [block_scores(node.score, query, keys) for keys in key.split(node.block, 2)]
         own = (q // node.block).squeeze(-1)
         chosen = []
         for n, mine in enumerate(scores):
@@ -355,91 +356,18 @@ class _Evaluator:
             ids = ids.reshape(-1, 1, ids.shape[-1])
             candidate = candidate & (ids[:, :, q.flatten(), None] == ids[:, :, None, :])
         z = torch.where(candidate, scores.unsqueeze(2), -torch.inf)
-        m, tau = _sorted_gates(z, node.k)
+        m, tau = sorted_gates(z, node.k)
         # A stable descending sort puts the earlier key first on ties.
         order = z.sort(dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order[..., : node.k], True) & (z > -torch.inf)
         through = node.gate.startswith("ste")
         if node.gate == "ste_identity":
-            m = _finite_scores(z)
+            m = finite_scores(z)
         if node.gate == "ste_sigmoid":
             known = torch.isfinite(z) & torch.isfinite(tau)
-            m = torch.where(known, torch.sigmoid(_finite_scores(z) - _finite_scores(tau)), 1.0)
+            m = torch.where(known, torch.sigmoid(finite_scores(z) - finite_scores(tau)), 1.0)
         if through:
             m = 1 + (m - m.detach())
         on_k = m if through or node.gate in ("kv", "k") else self.one
         on_v = m if through or node.gate in ("kv", "v") else self.one
         return _Dense(chosen, lambda s: s, on_k, on_v, m if node.gate == "logit" else self.one)
-
-
-def _block_scores(score: str, query: Tensor, keys: Tensor) -> Tensor:
-    """How a block of keys [B, H, n, D] scores for each query [B, H, S_q, D]: [B, H, S_q]."""
-    if score == "mean":
-        return (query * keys.mean(2, keepdim=True)).sum(-1)
-    ends = (query * keys.amin(2, keepdim=True), query * keys.amax(2, keepdim=True))
-    return torch.maximum(*ends).sum(-1)
-
-
-def _sorted_gates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """SPARSEK gates along the last dimension and tau, by sorting; exact gradients from autograd. z float64."""
-    with torch.no_grad():
-        count = (z > -torch.inf).sum(-1, keepdim=True)
-        infinite = z == torch.inf
-        budget = k - infinite.sum(-1, keepdim=True)
-        finite = torch.isfinite(z)
-        safe = torch.where(finite, z, 0.0)
-        events = torch.cat((safe, safe - 1), -1)
-        sign = torch.cat((finite.double(), -finite.double()), -1)
-        events, order = torch.where(sign != 0, events, -torch.inf).sort(dim=-1, descending=True)
-        sign = sign.gather(-1, order)
-        heights = torch.where(torch.isfinite(events), events, 0.0)
-        # Sums relative to the largest event keep their digits.
-        relative = heights - heights[..., :1]
-        sums, moments = sign.cumsum(-1), (sign * relative).cumsum(-1)
-        reached = moments - sums * relative
-        # Rounding of a sum must not decide whether a kink is met.
-        inside = (reached <= budget + 1e-9) & (sign != 0)
-        last = inside.sum(-1, keepdim=True) - 1
-        weight, moment = sums.gather(-1, last.clamp(min=0)), moments.gather(-1, last.clamp(min=0))
-        tau = (moment - budget) / weight.clamp(min=1) + heights[..., :1]
-        upper = heights.gather(-1, last.clamp(min=0))
-        tau = torch.where((tau - upper).abs() < 1e-12, upper, tau)
-        everything = (count <= k) | (weight == 0)
-        unsaturated = finite & (safe > tau + 1e-12) & (safe - 1 < tau - 1e-12) & ~everything & (last >= 0)
-        saturated = finite & ~unsaturated & ((safe - 1 >= tau - 1e-12) | everything) & (everything | (last >= 0))
-        first = infinite & (infinite.cumsum(-1) <= k)
-        n = unsaturated.sum(-1, keepdim=True).clamp(min=1)
-        whole = (saturated.sum(-1, keepdim=True) + infinite.sum(-1, keepdim=True)).double()
-    free = torch.where(unsaturated, _finite_scores(z), 0.0)
-    exact_tau = (free.sum(-1, keepdim=True) - (k - whole)) / n
-    gates = torch.where(unsaturated, _finite_scores(z) - exact_tau, (saturated | first).double())
-    # Where no gate is strictly between 0 and 1, tau is constant.
-    moving = unsaturated.any(-1, keepdim=True)
-    tau = torch.where(moving, exact_tau, tau.masked_fill(everything, -torch.inf).masked_fill(last < 0, torch.inf))
-    return torch.where(torch.isnan(z).any(-1, keepdim=True), torch.nan, gates), tau
-
-
-def _finite_scores(z: Tensor) -> Tensor:
-    """The scores with 0 for infinities, whose gradient is 0."""
-    return torch.where(torch.isfinite(z), z, 0.0)
-
-
-def _walk(parents: Tensor) -> Tensor:
-    """Where a depth-first walk of a tree enters and leaves each token: [S] -> [2, S]."""
-    given = parents.tolist()
-    times = [[0] * len(given), [0] * len(given)]
-    clock = 0
-
-    def visit(token: int) -> None:
-        nonlocal clock
-        times[0][token] = clock
-        clock += 1
-        for child, parent in enumerate(given):
-            if parent == token:
-                visit(child)
-        times[1][token] = clock
-
-    for root, parent in enumerate(given):
-        if parent < 0:
-            visit(root)
-    return torch.tensor(times, device=parents.device)

@@ -22,7 +22,7 @@ LEVELS = (
     ("patterns",),
     ("parser",),
     ("_torch", "hardware"),
-    ("dense",),
+    ("dense", "dense_selections"),
     ("ops",),
     ("trace",),
     ("analysis",),
