@@ -95,13 +95,20 @@ def _quantize(p_u, p_step, p_center, p_top, p_bottom, p_value, p_alive, p_blocks
 
 
 @triton.jit
-def _running_counts(p_alive, p_blocks, p_counts, size, n_blocks, BLOCK: tl.constexpr):
-    """Counts at every position of one block, from those of the blocks before it."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    earlier = tl.zeros([BLOCK], tl.int64)
+def earlier_blocks(p_blocks, row, block, n_blocks, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """What one row's entries for the blocks before ``block`` add up to, in BLOCK parts of a fixed order."""
+    earlier = tl.zeros([BLOCK], dtype)
     for first in range(0, block, BLOCK):
         other = first + tl.arange(0, BLOCK)
         earlier += tl.load(p_blocks + row * n_blocks + other, mask=other < block, other=0)
+    return earlier
+
+
+@triton.jit
+def _running_counts(p_alive, p_blocks, p_counts, size, n_blocks, BLOCK: tl.constexpr):
+    """Counts at every position of one block, from those of the blocks before it."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    earlier = earlier_blocks(p_blocks, row, block, n_blocks, tl.int64, BLOCK)
     at = block * BLOCK + tl.arange(0, BLOCK)
     alive = tl.load(p_alive + row * size + at, mask=at < size, other=0)
     counted = tl.where(alive == 1, 1, tl.where(alive == 2, 4294967296, 0)).to(tl.int64)

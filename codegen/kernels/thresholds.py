@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.codegen.kernels.events import Events
-from flexsparse.codegen.kernels.grid import Quantized
+from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
 from flexsparse.codegen.kernels.staircase import Crossings
 
 _BLOCK = 1024
@@ -135,10 +135,7 @@ def _share_blocks(p_change, p_blocks, times, n_blocks, BLOCK: tl.constexpr):
 def _shares(p_grad, p_change, p_blocks, p_share, p_totals, times, n_blocks, BLOCK: tl.constexpr):
     """Each query's gradient over the number of its keys between the kinks, and the sums of a block."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    earlier = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, block, BLOCK):
-        other = first + tl.arange(0, BLOCK)
-        earlier += tl.load(p_blocks + row * n_blocks + other, mask=other < block, other=0)
+    earlier = earlier_blocks(p_blocks, row, block, n_blocks, tl.int32, BLOCK)
     at = block * BLOCK + tl.arange(0, BLOCK)
     m_at = at < times
     change = tl.load(p_change + row * (times + 1) + at, mask=m_at, other=0)
@@ -153,10 +150,7 @@ def _shares(p_grad, p_change, p_blocks, p_share, p_totals, times, n_blocks, BLOC
 def _running(p_share, p_totals, p_running, times, n_blocks, BLOCK: tl.constexpr):
     """Exclusive running sums of the shares, one entry more than there are queries."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    earlier = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, block, BLOCK):
-        other = first + tl.arange(0, BLOCK)
-        earlier += tl.load(p_totals + row * n_blocks + other, mask=other < block, other=0.0)
+    earlier = earlier_blocks(p_totals, row, block, n_blocks, tl.float64, BLOCK)
     at = block * BLOCK + tl.arange(0, BLOCK)
     share = tl.load(p_share + row * times + at, mask=at < times, other=0.0)
     running = tl.sum(earlier, 0) + tl.cumsum(share, 0)
