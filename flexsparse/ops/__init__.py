@@ -1,9 +1,9 @@
 """The differentiable top-k: single rows, every causal prefix at once, and the lifetimes of selected keys."""
 
+from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.gates import dense_gates, gates
 from flexsparse.ops.projection import sparsek
 from flexsparse.ops.selection import (
-    CausalSelection,
     CausalThresholds,
     causal_select,
     causal_sparsek,

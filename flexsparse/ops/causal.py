@@ -37,8 +37,12 @@ class Thresholds(NamedTuple):
     candidates: Tensor  # int32
 
 
-class Lifetimes(NamedTuple):
-    """By key, [R, S] int32 each; the slot is -1 for a key that is never selected."""
+class CausalSelection(NamedTuple):
+    """Key j is selected for the queries ``birth[j] <= i < death[j]`` and stands in ``slot[j]`` for all of them.
+
+    [..., S] int32 each. At most k keys are selected at a time, in the slots 0 to k - 1; the slot is -1 for a key that
+    is never selected.
+    """
 
     birth: Tensor
     death: Tensor
@@ -105,7 +109,7 @@ def threshold_gradient(grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, ran
     return (total.gather(1, leaves) - total.gather(1, enters)).to(u.dtype)
 
 
-def lifetimes(u: Tensor, k: int, ranges: Ranges) -> Lifetimes:
+def lifetimes(u: Tensor, k: int, ranges: Ranges) -> CausalSelection:
     """When each key of the rows u [R, S] is among the k best of the prefix, and in which slot; NaN counts as -inf."""
     scores = torch.where(torch.isnan(u), -torch.inf, u.double())
     rank = _stable_rank(scores)
@@ -119,10 +123,10 @@ def lifetimes(u: Tensor, k: int, ranges: Ranges) -> Lifetimes:
     alive = scores != -torch.inf
     death = torch.where(alive, death, ranges.birth)
     slot = _slots(ranges, death, _before(alive, ranges), k)
-    return Lifetimes(ranges.birth.int(), death.int(), slot.int())
+    return CausalSelection(ranges.birth.int(), death.int(), slot.int())
 
 
-def slot_table(found: Lifetimes, k: int, chunk: int) -> Tensor:
+def slot_table(found: CausalSelection, k: int, chunk: int) -> Tensor:
     """The key in each slot as query ``c * chunk`` finds it, -1 for none: [R, ceil(S / chunk), k] int32."""
     birth, death, slot = (x.long() for x in found)
     rows, size = birth.shape

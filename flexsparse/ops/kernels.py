@@ -11,7 +11,7 @@ from flexsparse.codegen.kernels import staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
 from flexsparse.codegen.kernels.events import counted_events, merged_events
 from flexsparse.errors import ShapeError
-from flexsparse.ops.causal import Lifetimes, Thresholds, bounds_of
+from flexsparse.ops.causal import CausalSelection, Thresholds, bounds_of
 from flexsparse.ops.projection import result_dtype
 
 # Blocks of 512 keys are the second dimension of a launch, which CUDA limits to 65,535.
@@ -20,7 +20,7 @@ _LONGEST = 1 << 24
 
 def select(
     u: Tensor, k: int, after: int, segments: Tensor | None, *, thresholds: bool, lifetimes: bool
-) -> tuple[Thresholds | None, Lifetimes | None]:
+) -> tuple[Thresholds | None, CausalSelection | None]:
     """Thresholds and lifetimes, as wanted, of the rows u [R, S] (contiguous) with segment ids [R, S] or none."""
     size = u.shape[1]
     if size > _LONGEST:
@@ -40,7 +40,7 @@ def select(
         counted = counted_events(order)
         found = staircase.crossings(counted, size, budget - 1, segments=bounds)
         lived = lifetime_kernels.lifetimes(found.reach, counted.plus, grid.alive, grid.counts, budget, after, bounds)
-        found_lifetimes = Lifetimes(*lived)
+        found_lifetimes = CausalSelection(*lived)
     return found_thresholds, found_lifetimes
 
 
@@ -52,7 +52,7 @@ def threshold_gradient(
     return threshold_kernels.threshold_gradient(grad.contiguous(), grid, floor, ceil, after, _bounds(segments), u.dtype)
 
 
-def slot_table(found: Lifetimes, k: int, chunk: int) -> Tensor:
+def slot_table(found: CausalSelection, k: int, chunk: int) -> Tensor:
     """As ``ops.causal.slot_table``."""
     return lifetime_kernels.slot_table(*found, k, chunk)
 

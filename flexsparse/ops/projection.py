@@ -41,10 +41,15 @@ def check_scores(name: str, scores: Tensor, k: int, validate: bool) -> None:
         raise DtypeError(name, got=got, expected="a tensor of float16, bfloat16, float32 or float64")
     if scores.dim() == 0:
         raise ShapeError(name, got="a scalar", expected="at least one dimension")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise PatternArgumentError("k", got=repr(k), expected="an integer of at least 1")
+    check_integer("k", k, 1)
     if validate and not torch.compiler.is_compiling():
         refuse_nan(name, scores)
+
+
+def check_integer(name: str, number: int, least: int) -> None:
+    """Raise PatternArgumentError for what is no integer of at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise PatternArgumentError(name, got=repr(number), expected=f"an integer of at least {least}")
 
 
 def refuse_nan(name: str, scores: Tensor) -> None:

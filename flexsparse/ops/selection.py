@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.errors import DtypeError, GradientError, PatternArgumentError, SegmentError, ShapeError
+from flexsparse.errors import DtypeError, GradientError, SegmentError, ShapeError
 from flexsparse.ops import causal
-from flexsparse.ops.causal import Lifetimes
-from flexsparse.ops.projection import check_scores, result_dtype
+from flexsparse.ops.causal import CausalSelection
+from flexsparse.ops.projection import check_integer, check_scores, result_dtype
 
 
 class CausalThresholds(NamedTuple):
@@ -18,18 +18,6 @@ class CausalThresholds(NamedTuple):
 
     tau: Tensor
     candidates: Tensor
-
-
-class CausalSelection(NamedTuple):
-    """Key j is selected for the queries ``birth[j] <= i < death[j]`` and stands in ``slot[j]`` for all of them.
-
-    [..., S] int32 each. At most k keys are selected at a time, in the slots 0 to k - 1; the slot is -1 for a key that
-    is never selected.
-    """
-
-    birth: Tensor
-    death: Tensor
-    slot: Tensor
 
 
 def causal_sparsek(
@@ -80,9 +68,8 @@ def slot_table(selection: CausalSelection, k: int, chunk: int) -> Tensor:
 
     ``selection`` is what ``causal_topk`` gave for this k; ``chunk`` is at least 1. Raises PatternArgumentError.
     """
-    for name, number in (("k", k), ("chunk", chunk)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise PatternArgumentError(name, got=repr(number), expected="an integer of at least 1")
+    check_integer("k", k, 1)
+    check_integer("chunk", chunk, 1)
     shape = selection.birth.shape
     rows = [x.reshape(-1, shape[-1]) for x in selection]
     table = torch.ops.flexsparse.slot_table(*rows, min(k, shape[-1]), chunk)
@@ -92,8 +79,7 @@ def slot_table(selection: CausalSelection, k: int, chunk: int) -> Tensor:
 def _prepare(u: Tensor, k: int, after: int, segments: Tensor | None, validate: bool) -> tuple[Tensor, Tensor | None]:
     """Rows [R, S] of scores and of segment ids, after the checks."""
     check_scores("u", u, k, validate)
-    if isinstance(after, bool) or not isinstance(after, int) or after < 0:
-        raise PatternArgumentError("after", got=repr(after), expected="an integer of at least 0")
+    check_integer("after", after, 0)
     size = u.shape[-1]
     if size == 0:
         raise ShapeError("u", got="no positions", expected="at least one score in the last dimension")
@@ -206,7 +192,7 @@ _selection_backward.register_autograd(_refuse_second)
 
 @torch.library.custom_op("flexsparse::slot_table", mutates_args=())
 def _slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
-    found = Lifetimes(birth, death, slot)
+    found = CausalSelection(birth, death, slot)
     if birth.is_cuda:
         from flexsparse.ops import kernels
 
