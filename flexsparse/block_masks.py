@@ -11,7 +11,7 @@ from torch import Tensor
 from flexsparse.codegen.block_mask import make_block_mask
 from flexsparse.codegen.flex import opaque_functions
 from flexsparse.errors import ShapeError
-from flexsparse.expression import Pattern
+from flexsparse.expression import Expression, Pattern
 from flexsparse.ir.nodes import Node
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
@@ -50,11 +50,11 @@ def block_mask(
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
     settings = Settings(block_size=block_size)
-    node = _node(pattern)
-    compiled = compile_pattern(node)
+    expression = _parsed(pattern)
+    compiled = compile_pattern(expression.node)
     if compiled.program.chosen:
-        raise needs_operands(f"block_mask({parse(pattern) if isinstance(pattern, str) else pattern})")
-    shapes, buffers = _bound(node, compiled, (q_len, kv_len), batch, heads, device, captured)
+        raise needs_operands(f"block_mask({expression})")
+    shapes, buffers = _bound(expression.node, compiled, (q_len, kv_len), batch, heads, device, captured)
     refuse_outside(compiled.program, shapes, buffers)
     tiles = classify_tiles(compiled.program, shapes, settings, buffers)
     return make_block_mask(tiles, _functions(compiled, buffers)["mask_mod"])
@@ -64,7 +64,7 @@ def bind_functions(
     pattern: Pattern | str, *, heads: int, q_len: int, kv_len: int | None, captured: Mapping[str, Tensor | None]
 ) -> tuple[dict[str, Any], Program]:
     """The generated functions with their tensors, and the program that they came from."""
-    node = _node(pattern)
+    node = _parsed(pattern).node
     compiled = compile_pattern(node)
     if compiled.program.selections or compiled.program.chosen:
         return {}, compiled.program
@@ -72,8 +72,8 @@ def bind_functions(
     return _functions(compiled, buffers), compiled.program
 
 
-def _node(pattern: Pattern | str) -> Node:
-    return (parse(pattern) if isinstance(pattern, str) else pattern).node
+def _parsed(pattern: Pattern | str) -> Expression:
+    return parse(pattern) if isinstance(pattern, str) else pattern
 
 
 def _bound(
