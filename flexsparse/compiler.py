@@ -25,9 +25,8 @@ from flexsparse.pipeline import Bound, bind_call, bind_shapes, compile_pattern
 from flexsparse.plan import Plan, learnable_names
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
-from flexsparse.runtime.flex import Launchers, attend_flex, recompute
+from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
-from flexsparse.runtime.sink import with_sink
 from flexsparse.settings import Settings
 
 STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "plan")
@@ -308,26 +307,21 @@ class CompiledAttention:
         tensors = tuple(values[name] for name in names)
         dims = tuple(sequence_dims(self.ir, name) for name in names)
         opaque = opaque_functions(self.ir)
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque)
+        sink = self.ir.has_sink
+        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
         if bound.plan.backend == "chunked":
-            return attend_chunked(replace(work, sink=self.ir.has_sink), *operands, tensors)
-        learnable = learnable_names(self.ir)
-        deterministic = self._settings.deterministic
-        recomputed = tuple(deterministic is not False and (deterministic is True or n in learnable) for n in names)
+            return attend_chunked(work, *operands, tensors)
+        recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
         launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
-        # FlexAttention knows nothing of the sink, and owes no gradient to what it alone reads.
-        inside = tuple(t.detach() if n in self.ir.sink_only else t for n, t in zip(names, tensors, strict=True))
-        lse_needed = return_lse or self.ir.has_sink
-        out, lse = attend_flex(work, launchers, operands, inside, recomputed, needs_lse=lse_needed)
-        if not self.ir.has_sink:
-            return out, lse
-        assert lse is not None
-        alone = tuple(n in self.ir.sink_only for n in names)
-        if bound.plan.shapes.dtype is not torch.float32 or deterministic is False:
-            return with_sink(work, tensors, out, lse)
-        # A sink's gradient sums the rounding of lse over all queries, which float32 shows: it is computed again.
-        fixed = tuple(t.detach() if a else t for t, a in zip(tensors, alone, strict=True))
-        return recompute(replace(work, sink=True), alone, *with_sink(work, fixed, out, lse), operands, tensors)
+        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
+
+    def _is_recomputed(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a tensor's gradient comes from the chunked path rather than from FlexAttention."""
+        deterministic = self._settings.deterministic
+        if name in self.ir.sink_only:
+            # A sink's gradient is a plain sum, over the rounding of lse for all queries; float32 shows it.
+            return deterministic is not False and dtype is torch.float32
+        return deterministic is not False and (deterministic is True or name in learnable_names(self.ir))
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from flexsparse.codegen.block_mask import block_lists
 from flexsparse.runtime.chunked import Work, gradients
 from flexsparse.runtime.launcher import Launcher, mark_dynamic
+from flexsparse.runtime.sink import with_sink
 from flexsparse.settings import Settings
 
 
@@ -44,39 +45,29 @@ def attend_flex(
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out and, if needed, lse. ``recomputed`` marks the tensors whose gradients are computed without atomics."""
+    carried = torch.is_grad_enabled() and any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True))
+    outside = tuple(t.detach() if r else t for t, r in zip(tensors, recomputed, strict=True))
     inside = tuple(
-        mark_dynamic(t.detach() if r else t, dims, launchers.plain.settings)
-        for t, r, dims in zip(tensors, recomputed, work.sequence_dims, strict=True)
+        mark_dynamic(t, dims, launchers.plain.settings) for t, dims in zip(outside, work.sequence_dims, strict=True)
     )
     functions = work.functions(inside, broadcast=False)
     lists = block_lists(work.tiles)
     common = (work.shapes, work.scale, operands)
     mask_mod = functions["mask_mod"]
-    carried = any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True))
     if functions["kept_score_mod"] is None:
-        out, lse = launchers.plain(*common, (mask_mod, functions["score_mod"]), lists, needs_lse or carried)
+        wanted = needs_lse or carried or work.sink
+        out, lse = launchers.plain(*common, (mask_mod, functions["score_mod"]), lists, wanted)
     else:
         kept, kept_lse = launchers.plain(*common, (mask_mod, functions["kept_score_mod"]), lists, True)
         _, lost_lse = launchers.lost(*common, (mask_mod, functions["lost_score_mod"]), lists, True)
         out, lse = _joined(kept, kept_lse, lost_lse, functions["gate_total"])
+    if work.sink:
+        assert lse is not None
+        out, lse = with_sink(work, outside, out, lse)
     if carried:
         assert lse is not None
-        out, lse = recompute(work, recomputed, out, lse, operands, tensors)
+        out, lse = _Recomputed.apply(work, recomputed, out, lse, *operands, *tensors)
     return out, lse
-
-
-def recompute(
-    work: Work,
-    recomputed: tuple[bool, ...],
-    out: Tensor,
-    lse: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    tensors: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """out and lse, from which the marked tensors get the gradients that the chunked path computes."""
-    if not torch.is_grad_enabled() or not any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True)):
-        return out, lse
-    return _Recomputed.apply(work, recomputed, out, lse, *operands, *tensors)
 
 
 def _joined(kept: Tensor, kept_lse: Tensor | None, lost_lse: Tensor | None, total: float) -> tuple[Tensor, Tensor]:
