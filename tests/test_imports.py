@@ -21,7 +21,7 @@ LEVELS = (
     ("language",),
     ("patterns",),
     ("parser",),
-    ("_torch", "hardware"),
+    ("_torch", "_dynamo", "hardware"),
     ("dense", "dense_selections"),
     ("ops",),
     ("trace",),
@@ -112,12 +112,13 @@ def test_private_torch_names_have_one_importer() -> None:
                 names = [part for a in node.names if a.name.startswith("torch.") for part in a.name.split(".")]
             if any(part.startswith("_") for part in names):
                 importers.append(path.name)
-    assert set(importers) <= {"_torch.py"}
+    assert set(importers) <= {"_torch.py", "_dynamo.py"}
 
 
 def loaded_by(statement: str) -> set[str]:
     """The heavy packages that a fresh interpreter has loaded after a statement."""
-    probe = f"import sys; {statement}; print([m for m in ('torch', 'sympy', 'numpy', 'triton') if m in sys.modules])"
+    names = ("torch", "torch._dynamo", "sympy", "numpy", "triton")
+    probe = f"import sys; {statement}; print([m for m in {names} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(ast.literal_eval(done.stdout))
 
@@ -135,6 +136,11 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_the_language_needs_no_torch(statement: str) -> None:
     assert loaded_by(statement) == set()
+
+
+def test_a_block_mask_needs_no_compiler() -> None:
+    statement = "import flexsparse; flexsparse.block_mask('causal & sliding_window(100)', 1000)"
+    assert loaded_by(statement) <= {"torch", "numpy"}
 
 
 def test_unknown_attributes_are_refused() -> None:

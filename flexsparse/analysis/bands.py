@@ -97,9 +97,10 @@ class _Solver:
         return self.open()
 
     def open(self) -> Rows:
-        shape = (2, 1, 1, 1, 1)
-        low = torch.tensor([0, self.size], device=self.region.device).reshape(shape)
-        high = torch.tensor([self.size - 1, -1], device=self.region.device).reshape(shape)
+        low, high = (
+            torch.stack((one, other)).reshape(2, 1, 1, 1, 1)
+            for one, other in ((self.all.low, self.none.low), (self.all.high, self.none.high))
+        )
         return Rows(Intervals(low, high, self.size), False)
 
     def without_kv(self, node: Node) -> Rows:
@@ -203,10 +204,10 @@ class _Solver:
 
     def from_end(self, op: str, end: Tensor) -> Intervals:
         """The keys up to ``end`` ("le"), or from it on ("ge")."""
-        end = end.unsqueeze(-1)
+        end = end.clamp(-1, self.size).to(intervals.dtype_for(self.size)).unsqueeze(-1)
         if op == "le":
-            return Intervals(self.all.low.expand_as(end), end.clamp(max=self.size - 1), self.size)
-        return Intervals(end.clamp(min=0), self.all.high.expand_as(end), self.size)
+            return Intervals(self.all.low.expand_as(end), end.clamp_(max=self.size - 1), self.size)
+        return Intervals(end.clamp_(min=0), self.all.high.expand_as(end), self.size)
 
     def sorted_load(self, spec: TensorSpec, others: list[Node], op: str, value: Tensor) -> Intervals | None:
         """A tensor that does not fall along its last dimension is a monotone function of kv."""

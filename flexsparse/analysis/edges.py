@@ -43,11 +43,11 @@ def tile_sets(keys: Intervals, count: tuple[int, int, int], q_len: int, kv_len: 
     shape = (2, count[0], count[1], 3 * count[2], keys.slots)
     split = (2, count[0], count[1], 3, count[2], keys.slots)
     keys = keys.canonical()
-    keys = Intervals(keys.low.expand(shape).reshape(split), keys.high.expand(shape).reshape(split), kv_len)
+    low, high = (end.expand(shape).reshape(split) for end in (keys.low, keys.high))
     columns = -(-kv_len // block)
     # A tile is touched where a key of it is in the set, and covered where all its keys are.
-    touched = Intervals(keys.low // block, keys.high // block, columns)
-    covered = Intervals((keys.low + (block - 1)) // block, (keys.high + 1) // block - 1, columns)
+    touched = Intervals(_tile(low, block), _tile(high, block), columns)
+    covered = Intervals(_tile(low + (block - 1), block), _tile(high + 1, block) - 1, columns)
     if q_len % block:
         # Tiles that hang over the end of the queries or keys are never FULL.
         covered.high[..., -1, :] = -1
@@ -56,6 +56,12 @@ def tile_sets(keys: Intervals, count: tuple[int, int, int], q_len: int, kv_len: 
         if proved:
             return sets
     return _general(touched, covered)
+
+
+def _tile(key: Tensor, block: int) -> Tensor:
+    """The tile of each key; a division of whole numbers takes a CPU ten times as long as a shift."""
+    power = block.bit_length() - 1
+    return key >> power if block == 1 << power else key // block
 
 
 def _part(x: Intervals, side: int, queries: int) -> Intervals:
@@ -75,11 +81,13 @@ def _single_spans(touched: Intervals, covered: Intervals) -> tuple[TileSets, boo
     both = _part(covered, 0, FIRST) & _part(covered, 0, LAST)
     hidden = (both.low > both.high) | ((both.low == full.low) & (both.high == full.high))
     proved = bool((seen & hidden).all())
-    # Where no tile is full, nothing lies before the span of the full ones, and everything behind it.
+    # Where no tile is full the cut may lie anywhere. Behind the full tiles of earlier rows, the ends of both spans
+    # rise from row to row for documents as well, and the other direction is found by counting.
     none = full.low > full.high
-    cut_low = torch.where(none, some.low, full.low)
-    cut_high = torch.where(none, some.low - 1, full.high)
-    low, high = torch.cat((some.low, cut_high + 1), -1), torch.cat((cut_low - 1, some.high), -1)
+    passed = torch.cummax((full.high + 1).masked_fill(none, 0), -2).values
+    cut = torch.minimum(torch.maximum(passed, some.low), some.high + 1)
+    before, behind = torch.where(none, cut, full.low), torch.where(none, cut, full.high + 1)
+    low, high = torch.cat((some.low, behind), -1), torch.cat((before - 1, some.high), -1)
     return TileSets(full, Intervals(low, high, some.size), None), proved
 
 

@@ -7,6 +7,7 @@ index tensors that FlexAttention reads, and transposed, without a dense grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ _SLAB = {"cpu": 1 << 20}
 
 @dataclass(frozen=True)
 class Spans:
-    """Rows [B, H, R] whose columns are the union of a few spans of ``intervals`` [B, H, R, M]."""
+    """Rows [B, H, R] whose columns are the union of a few spans of ``intervals`` [B, H, R, M].
+
+    What is kept of them serves training as well, so it is not made of inference tensors.
+    """
 
     intervals: Intervals
 
@@ -29,19 +33,25 @@ class Spans:
     def columns(self) -> int:
         return self.intervals.size
 
-    @property
+    @cached_property
+    def length(self) -> Tensor:
+        """Columns of each span, [B, H, R, M]."""
+        with torch.inference_mode(False):
+            return (self.intervals.high - self.intervals.low + 1).clamp_(min=0)
+
+    @cached_property
     def count(self) -> Tensor:
         """Columns of each row, [B, H, R] int32."""
-        return self.intervals.count.int()
+        with torch.inference_mode(False):
+            return self.length.sum(-1, dtype=torch.int32)
 
     def listed(self) -> Listed:
         """The same, tile by tile."""
-        low, length = self.intervals.low, (self.intervals.high - self.intervals.low + 1).clamp(min=0)
-        flat = length.flatten()
+        low, flat = self.intervals.low, self.length.flatten()
         ends = flat.cumsum(0)
         owner = _owners(flat)
         inside = torch.arange(len(owner), device=flat.device) - (ends - flat)[owner]
-        return Listed(length.sum(-1).int(), (low.flatten()[owner] + inside).int(), self.columns)
+        return Listed(self.count, (low.flatten()[owner] + inside).int(), self.columns)
 
     def take_heads(self, rows: tuple[int, ...]) -> Spans:
         """The rows of each head, for heads that share them."""
@@ -49,27 +59,34 @@ class Spans:
         low, high = (end.index_select(1, at) for end in (self.intervals.low, self.intervals.high))
         return Spans(Intervals(low, high, self.columns))
 
-    def write(self, out: Tensor, count: Tensor) -> None:
-        """Fill ``out`` [B, H, R, W] int32 with column indices, each row's first ``count`` entries valid, 0 behind.
+    def table(self) -> Tensor:
+        """What ``write`` needs to know of each row, [B H R, 2 M - 1] int32.
 
-        ``out`` and ``count`` [B, H, R] may be on another device than the spans, to which a few numbers a row go.
+        The columns of a row in order are its p = 0, 1, ... plus the steps of every span that starts at p or before
+        it. First all steps, then the starts of all spans but the first.
         """
-        low, high = self.intervals.low.flatten(0, -2), self.intervals.high.flatten(0, -2)
-        length = (high - low + 1).clamp(min=0)
-        first = length.cumsum(-1) - length
-        # Entry p of a row is p plus the steps of every span that starts at p or before it.
-        steps = (low - first).diff(dim=-1, prepend=low.new_zeros(len(low), 1))
-        table = torch.cat((steps, first), -1).int().to(out.device)
-        into, total, width = _rows(out), count.reshape(-1, 1), out.shape[-1]
+        low, length = self.intervals.low.flatten(0, -2), self.length.flatten(0, -2)
+        if low.shape[1] > 1:
+            before = length[:, :-1]
+            low = torch.cat((low[:, :1], low.diff(dim=-1) - before, before.cumsum(-1, dtype=low.dtype)), -1)
+        return low.int()
+
+    def write(self, out: Tensor, table: Tensor) -> None:
+        """Fill ``out`` [B, H, R, W] int32 with the columns of each row; ``table`` is on its device.
+
+        Behind the columns of a row any column may stand.
+        """
+        into, width = _rows(out), out.shape[-1]
+        more = table.shape[1] // 2
         slots = torch.arange(width, dtype=torch.int32, device=out.device)
         rows = max(1, _SLAB.get(out.device.type, 1 << 24) // max(width, 1))
-        for begin in range(0, len(low), rows):
+        for begin in range(0, len(table), rows):
             part = table[begin : begin + rows]
-            step, start = part[:, : low.shape[1]], part[:, low.shape[1] :]
-            column = slots + step[:, :1]
-            for number in range(1, low.shape[1]):
-                column += (slots >= start[:, number : number + 1]) * step[:, number : number + 1]
-            into[begin : begin + rows] = column.masked_fill_(slots >= total[begin : begin + rows], 0)
+            column = torch.add(slots, part[:, :1], out=into[begin : begin + rows])
+            for step in range(1, 1 + more):
+                start = step + more
+                column += (slots >= part[:, start : start + 1]) * part[:, step : step + 1]
+            column.clamp_(0, self.columns - 1)
 
     def transposed(self, device: torch.device) -> Spans | Listed:
         """For each column its rows: by counting ends where the spans move one way, else tile by tile on ``device``."""
@@ -77,10 +94,9 @@ class Spans:
         if found is None:
             low, high = self.intervals.low, self.intervals.high
             empty = low > high
-            seen = (~empty).cumsum(-2) > 0
-            # Empty rows in front end before the first column, later ones lie behind the last.
-            low = torch.where(empty, torch.where(seen, self.columns, 0), low)
-            found = self._turned(low, torch.where(empty, torch.where(seen, self.columns, -1), high))
+            # An empty row goes between its neighbours, right behind the columns of those before it.
+            passed = torch.cummax((high + 1).masked_fill(empty, 0), -2).values
+            found = self._turned(torch.where(empty, passed, low), torch.where(empty, passed - 1, high))
         return found or self.listed().to(device).transposed(device)
 
     def _turned(self, low: Tensor, high: Tensor) -> Spans | None:
@@ -90,7 +106,8 @@ class Spans:
             return None
         # A column's first row is behind those that end before it, its last row before those that start behind it.
         shape = (*ends.shape[:-2], self.columns + 2, ends.shape[-1])
-        ended = ends.new_zeros(shape).scatter_add_(-2, ends, ends.new_ones(1).expand_as(ends)).cumsum(-2)
+        ended = ends.new_zeros(shape).scatter_add_(-2, ends.long(), ends.new_ones(1).expand_as(ends))
+        ended = ended.cumsum(-2, dtype=ends.dtype)
         first, last = ended[..., : self.columns, :].unbind(0)
         # No two spans of a row share a column, so the rows of a column come once; touching ones may stay apart.
         return Spans(normal(first, last - 1, low.shape[-2], apart=True))
@@ -123,14 +140,18 @@ class Listed:
         inside = torch.arange(len(owner), device=flat.device) - begin[owner]
         return Listed(count.reshape(batch, len(rows), height), self.column[starts[owner] + inside], self.columns)
 
-    def write(self, out: Tensor, count: Tensor) -> None:
-        """As the spans' ``write``; the list, its count and ``out`` are on one device."""
+    def table(self) -> Tensor:
+        """The columns of all rows; ``write`` knows the counts."""
+        return self.column
+
+    def write(self, out: Tensor, table: Tensor) -> None:
+        """As the spans' ``write``; the list and ``out`` are on one device."""
         flat = self.count.flatten().long()
         owner = _owners(flat, len(self.column))
         inside = torch.arange(len(owner), device=flat.device) - (flat.cumsum(0) - flat)[owner]
         into = _rows(out)
         into.zero_()
-        into[owner, inside] = self.column
+        into[owner, inside] = table
 
     def transposed(self, device: torch.device) -> Listed:
         """For each column its rows, ascending."""
@@ -162,10 +183,18 @@ def index_pair(one: Spans | Listed, other: Spans | Listed, device: torch.device)
         widths = [max(int(count.max()), 1) for count in counts]
         buffer = torch.empty(*shape, sum(widths), dtype=torch.int32, device=device)
         indices = list(buffer.split(widths, -1))
-    counts = [count.to(device).contiguous() for count in counts]
-    for tiles, out, count in zip(sets, indices, counts, strict=True):
-        tiles.write(out, count)
+    *counts, table, other_table = _sent([*counts, one.table(), other.table()], device)
+    one.write(indices[0], table)
+    other.write(indices[1], other_table)
     return counts[0], indices[0], counts[1], indices[1]
+
+
+def _sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Contiguous int32 tensors on a device, in one copy where all of them come from another."""
+    if any(tensor.device == device for tensor in tensors):
+        return [tensor.to(device).contiguous() for tensor in tensors]
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _owners(count: Tensor, total: int | None = None) -> Tensor:

@@ -40,7 +40,8 @@ def pairs_seen(mask: Node, region: Region, starts: Tensor, end: int, block: int)
     # From key a on, a tile has block - a % block keys, and each tile behind it has block.
     changes = torch.zeros(count * (columns + 2), dtype=torch.long, device=q.device)
     for key, sign in ends:
-        key, tile = key.flatten(), row * (columns + 2) + key.flatten() // block
+        key = key.flatten().long()
+        tile = row * (columns + 2) + key // block
         for where, keys in ((tile, block - key % block), (tile + 1, key % block)):
             changes.index_add_(0, where, (sign * keys).masked_fill(missing.flatten(), 0))
     return changes.reshape(batch, heads, len(starts), columns + 2).cumsum(-1)[..., :columns]

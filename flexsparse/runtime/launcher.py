@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse import _torch
+from flexsparse import _dynamo, _torch
 from flexsparse.codegen.block_mask import BlockLists
 from flexsparse.errors import BackendError, BackendNotice, RecompileBudgetError
 from flexsparse.runtime.inputs import Shapes
@@ -24,7 +24,6 @@ _SMALLER: tuple[dict[str, Any], ...] = (
     {"num_stages": 1, "BLOCK_M": 32, "BLOCK_N": 32},
 )
 _KERNEL_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
-_FAILURES = (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, NotImplementedError)
 _TOO_LARGE = ("out of resource", "No valid triton configs", "OutOfResources")
 
 
@@ -67,9 +66,9 @@ class Launcher:
         arguments = (*functions, self.settings.block_size, scale, shapes.heads != shapes.kv_heads, with_lse)
         if not self.compiled:
             try:
-                with _torch.eager():
+                with _dynamo.eager():
                     return self.run(operands, lists, *arguments, None)
-            except _FAILURES as error:
+            except _dynamo.FAILURES as error:
                 raise _cannot_build(shapes, "flex_eager", error) from error
         if self.settings.dynamic:
             operands = tuple(_dynamic(x, 2) for x in operands)
@@ -78,11 +77,11 @@ class Launcher:
         divides = _divides(shapes)
         while True:
             try:
-                with _torch.recompile_limit(self.settings.recompile_budget):
+                with _dynamo.recompile_limit(self.settings.recompile_budget):
                     return self.run(operands, lists, *arguments, {**divides, **self.options[0]} or None)
-            except _torch.RECOMPILE_LIMIT_HIT as error:
+            except _dynamo.RECOMPILE_LIMIT_HIT as error:
                 raise self._spent() from error
-            except _FAILURES as error:
+            except _dynamo.FAILURES as error:
                 if not any(sign in str(error) for sign in _TOO_LARGE) or len(self.options) == 1:
                     raise _cannot_build(shapes, "flex", error) from error
             del self.options[0]
@@ -95,7 +94,7 @@ class Launcher:
 
     def _build(self, graph: Any, inputs: Any) -> Any:
         self.builds.append(self._call)
-        return _torch.inductor(graph, inputs)
+        return _dynamo.inductor(graph, inputs)
 
     def _spent(self) -> RecompileBudgetError:
         listed = "; ".join(f"{n}: {what}" for n, what in enumerate(self.builds, 1))
@@ -131,7 +130,7 @@ def _dynamic(tensor: Tensor, *dims: int) -> Tensor:
     """The tensor under a new name whose dimensions may change without a build; the caller's keeps no mark."""
     alias = tensor.view_as(tensor)
     for dim in dims:
-        torch._dynamo.maybe_mark_dynamic(alias, dim)
+        _dynamo.mark_dynamic(alias, dim)
     return alias
 
 
