@@ -29,8 +29,9 @@ from flexsparse.ir.program import Chosen, Selected, Tables, table_name
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on", "index_errors", "region_of"]
 
-# Rows of tiles up to this many are found on the host, for masks on an accelerator too.
-_HOST_ROWS = 1 << 16
+# Rows of tiles up to this many are found on the host, for masks on an accelerator too. Beyond it a host would start
+# threads for arrays of a few entries a row, and those cost more than an accelerator's calls.
+_HOST_ROWS = 1 << 12
 # Tiles that are looked at together where all tiles of a row are.
 _GRID = 1 << 18
 # Unknown tiles a row from which on its queries are solved one by one instead.

@@ -36,22 +36,27 @@ def assert_same_lists(lists: dict[str, Tensor], wanted: Any) -> None:
         assert torch.equal(lists[name], getattr(wanted, name)), name
 
 
-def test_a_window_takes_few_calls_and_never_waits() -> None:
-    accelerator, lists = counted("causal & sliding_window(1024)", 1 << 20)
-    assert sum(accelerator.calls.values()) <= 55
-    assert sum(accelerator.host.values()) <= 215
-    assert not accelerator.waits
-    assert_same_lists(lists, fs.block_mask("causal & sliding_window(1024)", 1 << 20))
+# The rows of 2^19 positions are found on the host, those of 2^20 on the accelerator.
+@pytest.mark.parametrize(("length", "calls", "host", "waits"), [(1 << 19, 55, 215, 0), (1 << 20, 248, 5, 8)])
+def test_a_window_takes_few_calls(length: int, calls: int, host: int, waits: int) -> None:
+    accelerator, lists = counted("causal & sliding_window(1024)", length)
+    assert_within(accelerator, calls, host, waits)
+    assert_same_lists(lists, fs.block_mask("causal & sliding_window(1024)", length))
 
 
-def test_documents_take_few_calls_and_wait_for_what_only_the_tensor_knows() -> None:
-    doc = documents(1 << 20, 1000)
-    accelerator, lists = counted("document & causal", 1 << 20, doc=doc)
-    assert sum(accelerator.calls.values()) <= 75
-    assert sum(accelerator.host.values()) <= 272
-    # Whether the ids are sorted, the ids at tile edges, and two searches.
-    assert sum(accelerator.waits.values()) <= 4
-    assert_same_lists(lists, fs.block_mask("document & causal", 1 << 20, doc=doc))
+@pytest.mark.parametrize(("length", "calls", "host", "waits"), [(1 << 19, 75, 272, 4), (1 << 20, 293, 29, 11)])
+def test_documents_take_few_calls(length: int, calls: int, host: int, waits: int) -> None:
+    # On the host it waits for whether the ids are sorted, for the ids at tile edges, and for two searches.
+    doc = documents(length, 1000)
+    accelerator, lists = counted("document & causal", length, doc=doc)
+    assert_within(accelerator, calls, host, waits)
+    assert_same_lists(lists, fs.block_mask("document & causal", length, doc=doc))
+
+
+def assert_within(accelerator: Accelerator, calls: int, host: int, waits: int) -> None:
+    assert sum(accelerator.calls.values()) <= calls
+    assert sum(accelerator.host.values()) <= host
+    assert sum(accelerator.waits.values()) <= waits
 
 
 EVERY_WAY = [
