@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.codegen.flex import opaque_functions
+from flexsparse.codegen.gathered import gathered_source
 from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.explanation import Explanation
@@ -21,11 +22,13 @@ from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
-from flexsparse.pipeline import Bound, bind_call, bind_shapes, compile_pattern
+from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
 from flexsparse.plan import Plan, learnable_names
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
+from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.flex import Launchers, attend_flex
+from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
 
@@ -311,9 +314,24 @@ class CompiledAttention:
         work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors)
+        if bound.plan.backend == "gather":
+            return self._gather(bound, work, operands, tensors)
         recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
         launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
+
+    def _gather(
+        self, bound: Bound, work: Work, operands: tuple[Tensor, Tensor, Tensor], tensors: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        shapes = work.shapes
+        source = gathered_source(self.ir, str(self._expression))
+        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands)
+        learned = set(learnable_names(self.ir)) - self.ir.sink_only
+        recomputed = tuple(name in learned or self._is_recomputed(name, shapes.dtype) for name in work.names)
+        if is_carried(tensors, recomputed):
+            # The chunked path reads the tiles of the whole mask, and not of what is near alone.
+            work = replace(work, tiles=classify_tiles(self.ir, shapes, self._settings, bound.buffers))
+        return completed(work, operands, tensors, recomputed, out, lse)
 
     def _is_recomputed(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a tensor's gradient comes from the chunked path rather than from FlexAttention."""

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from flexsparse.analysis.tiles import Tiles, classify
 from flexsparse.codegen.flex import Generated, generate
+from flexsparse.codegen.gathered import near_mask
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import Load, Node, Opaque, walk
 from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
-from flexsparse.plan import Plan, make_plan
+from flexsparse.plan import Plan, choose, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured
 from flexsparse.runtime.tile_cache import TileCache
-from flexsparse.settings import Settings
+from flexsparse.settings import CHUNK, Settings
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,27 @@ def bind_call(
     buffers = make_buffers(program, shapes, captured, operands)
     if validate:
         refuse_outside(program, shapes, buffers)
-    tiles = classify_tiles(program, shapes, settings, buffers)
+    read, block = _tiled(program, shapes, settings)
+    tiles = classify_tiles(read, shapes, block, buffers)
     plan = make_plan(program, shapes, settings, tiles)
     return Bound(buffers, tiles, plan)
+
+
+def _tiled(program: Program, shapes: Shapes, settings: Settings) -> tuple[Program, Settings]:
+    """The program whose tiles the chosen backend reads, and their size: what is gathered is not in tiles."""
+    if choose(program, shapes, settings)[0] != "gather":
+        return program, settings
+    return replace(program, mask=near_mask(program)), replace(settings, block_size=CHUNK)
 
 
 def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
     program = compiled.program
     tiles = None
-    if not reads_tensors(program.mask):
+    read, block = _tiled(program, shapes, settings)
+    if not reads_tensors(read.mask):
         # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
-        tiles = classify_tiles(program, replace(shapes, device=torch.device("cpu")), settings, {})
+        tiles = classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {})
     return make_plan(program, shapes, settings, tiles)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from flexsparse import _torch
@@ -12,7 +13,7 @@ from flexsparse.ir.nodes import Constant, Load, walk
 from flexsparse.ir.program import Gate, Program
 from flexsparse.ir.text import function_name
 from flexsparse.runtime.inputs import Shapes
-from flexsparse.settings import Settings
+from flexsparse.settings import CHUNK, Settings
 from flexsparse.verdict import Verdict
 
 
@@ -50,8 +51,9 @@ class Plan:
 
     ``flops`` counts two products of the computed tiles (2 multiply-adds of head_dim and value_dim an element),
     forward only, times ``calls``. The mask has lists for ``mask_rows`` x ``mask_heads``; ``distinct_heads`` of them
-    were analysed, as the others have the same masks. ``notes`` are facts that a user should know, such as where
-    gradients come from.
+    were analysed, as the others have the same masks. ``gathered``: the keys that a query meets besides those of the
+    tiles, which then are those that the pattern allows whatever is selected. ``notes`` are facts that a user should
+    know, such as where gradients come from.
     """
 
     backend: str
@@ -61,6 +63,7 @@ class Plan:
     mask_rows: int
     mask_heads: int
     distinct_heads: int
+    gathered: int
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
 
@@ -75,6 +78,7 @@ class Plan:
         if self.tiles is None:
             return None
         elements = (self.tiles.partial + self.tiles.full) * self.tiles.block**2
+        elements += self.shapes.batch * self.shapes.heads * self.shapes.q_len * self.gathered
         return 2 * elements * (self.shapes.head_dim + self.shapes.value_dim) * self.calls
 
 
@@ -83,8 +87,8 @@ def count_tiles(tiles: Tiles) -> TileCounts:
     return TileCounts(tiles.block, tiles.count(EMPTY), tiles.count(PARTIAL), tiles.count(FULL), tiles.undecided)
 
 
-def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:
-    """Choose a backend. Raises BackendError or DeviceError where the one asked for cannot run."""
+def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, tuple[Candidate, ...]]:
+    """The backend, and all that were considered. Raises BackendError or DeviceError where the wanted one cannot run."""
     candidates = tuple(Candidate(name, verdict(program, shapes)) for name, verdict in _VERDICTS.items())
     by_name = {c.backend: c for c in candidates}
     if settings.backend != "auto":
@@ -97,6 +101,8 @@ def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles
                 expected="a call that this backend can run",
                 mend=f"{by_name[chosen].verdict.reason} backend='chunked' runs it exactly, on any device.",
             )
+    elif shapes.device.type == "cuda" and by_name["gather"].verdict.holds:
+        chosen = "gather"
     elif shapes.device.type == "cuda" and by_name["flex"].verdict.holds:
         chosen = "flex"
     else:
@@ -109,6 +115,12 @@ def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles
             expected="a call that FlexAttention can run",
             mend=f"{reason} Ask for backend='chunked', which is exact and slower.",
         )
+    return chosen, candidates
+
+
+def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:
+    """The plan of the backend that ``choose`` takes; ``tiles`` are those that it reads. Raises as ``choose`` does."""
+    chosen, candidates = choose(program, shapes, settings)
     gated = program.gate_v != Constant(1.0)
     distinct_heads = len(set(first_alike(program.mask, program.tables, shapes.heads)))
     return Plan(
@@ -119,9 +131,27 @@ def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles
         mask_rows=shapes.batch if depends_on(program.mask, "b") else 1,
         mask_heads=shapes.heads if distinct_heads > 1 else 1,
         distinct_heads=distinct_heads,
+        gathered=sum(min(s.k, shapes.kv_len) + CHUNK for s in program.selections) if chosen == "gather" else 0,
         candidates=candidates,
         notes=_notes(program, shapes, settings, chosen, gated, distinct_heads),
     )
+
+
+def _gather(program: Program, shapes: Shapes) -> Verdict:
+    if not program.selections:
+        return Verdict(False, "Only selected keys are gathered, and the pattern selects none.")
+    if program.chosen or program.opaque:
+        what = "Blocks chosen by the query" if program.chosen else "Functions that could not be traced"
+        return Verdict(False, f"{what} are not printed into kernels that gather.")
+    if shapes.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return Verdict(False, f"Kernels that gather need a GPU, not {shapes.device.type}.")
+    if shapes.dtype.itemsize == 8:
+        return Verdict(False, "Kernels that gather take no float64.")
+    if shapes.q_len != shapes.kv_len or shapes.q_offset:
+        return Verdict(False, "Kernels that gather want as many queries as keys, from position 0 on.")
+    if max(shapes.head_dim, shapes.value_dim) > 256:
+        return Verdict(False, f"Kernels that gather take head_dim up to 256, not {shapes.head_dim}.")
+    return Verdict(True, "Work and memory grow with the keys that a query sees; gradients without atomics.")
 
 
 def _flex(program: Program, shapes: Shapes) -> Verdict:
@@ -163,7 +193,7 @@ def _reference(program: Program, shapes: Shapes) -> Verdict:
     return Verdict(True, "The dense float64 oracle: every score is materialised.")
 
 
-_VERDICTS = {"flex": _flex, "flex_eager": _flex_eager, "chunked": _chunked, "reference": _reference}
+_VERDICTS = {"gather": _gather, "flex": _flex, "flex_eager": _flex_eager, "chunked": _chunked, "reference": _reference}
 
 
 def _gates(program: Program) -> bool:

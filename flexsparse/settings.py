@@ -7,7 +7,9 @@ from typing import Any
 
 from flexsparse.errors import SettingError, did_you_mean
 
-BACKENDS = ("auto", "flex", "flex_eager", "chunked", "reference")
+# Queries of a chunk, whose selected keys are gathered together: those in the slots as the chunk starts.
+CHUNK = 64
+BACKENDS = ("auto", "gather", "flex", "flex_eager", "chunked", "reference")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flexsparse.errors import CapturedError, ExpressionError
 from flexsparse.ir.program import Program, table_name
 from flexsparse.ir.text import text
 from flexsparse.ops.blocks import choose_blocks
+from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import causal_select, causal_topk
 from flexsparse.runtime.inputs import Shapes, refuse_beyond_keys
 
@@ -81,9 +82,9 @@ def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) ->
     gated = f"u_{number}" in selection_arguments(program, number)
     if not gated:
         chosen = causal_topk(scores, selection.k, **arguments)
-        return {f"birth_{number}": chosen.birth, f"death_{number}": chosen.death}
+        return _lifetimes(number, chosen)
     (tau, count), chosen = causal_select(scores, selection.k, **arguments)
-    made: dict[str, Tensor] = {f"birth_{number}": chosen.birth, f"death_{number}": chosen.death}
+    made = _lifetimes(number, chosen)
     real = tau.dtype
     # A selected gate is at least 1 / (n - k + 1). Half of that leaves room for the rounding of u - tau,
     # so that a gate which sits exactly on the bound (k = 1, equal scores) keeps its gradient.
@@ -94,6 +95,10 @@ def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) ->
     if f"u_{number}_fixed" in selection_arguments(program, number):
         made |= {f"u_{number}_fixed": u.detach(), f"tau_{number}_fixed": tau.detach()}
     return made
+
+
+def _lifetimes(number: int, chosen: CausalSelection) -> dict[str, Tensor]:
+    return {f"{name}_{number}": tensor for name, tensor in chosen._asdict().items()}
 
 
 def refuse_outside(program: Program, shapes: Shapes, buffers: Mapping[str, Any]) -> None:

@@ -9,16 +9,14 @@ whose two gradients of every key are large and cancel.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flexsparse.codegen.block_mask import block_lists
-from flexsparse.runtime.chunked import Work, gradients
+from flexsparse.runtime.chunked import Work
+from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.launcher import Launcher, mark_dynamic
-from flexsparse.runtime.sink import with_sink
 from flexsparse.settings import Settings
 
 
@@ -45,7 +43,7 @@ def attend_flex(
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out and, if needed, lse. ``recomputed`` marks the tensors whose gradients are computed without atomics."""
-    carried = torch.is_grad_enabled() and any(r and t.requires_grad for t, r in zip(tensors, recomputed, strict=True))
+    carried = is_carried(tensors, recomputed)
     outside = tuple(t.detach() if r else t for t, r in zip(tensors, recomputed, strict=True))
     inside = tuple(
         mark_dynamic(t, dims, launchers.plain.settings) for t, dims in zip(outside, work.sequence_dims, strict=True)
@@ -61,13 +59,9 @@ def attend_flex(
         kept, kept_lse = launchers.plain(*common, (mask_mod, functions["kept_score_mod"]), lists, True)
         _, lost_lse = launchers.lost(*common, (mask_mod, functions["lost_score_mod"]), lists, True)
         out, lse = _joined(kept, kept_lse, lost_lse, functions["gate_total"])
-    if work.sink:
-        assert lse is not None
-        out, lse = with_sink(work, outside, out, lse)
-    if carried:
-        assert lse is not None
-        out, lse = _Recomputed.apply(work, recomputed, out, lse, *operands, *tensors)
-    return out, lse
+    if lse is None:
+        return out, lse
+    return completed(work, operands, tensors, recomputed, out, lse)
 
 
 def _joined(kept: Tensor, kept_lse: Tensor | None, lost_lse: Tensor | None, total: float) -> tuple[Tensor, Tensor]:
@@ -80,25 +74,3 @@ def _joined(kept: Tensor, kept_lse: Tensor | None, lost_lse: Tensor | None, tota
     out = (kept * (total * torch.sigmoid(above)).unsqueeze(-1)).to(kept.dtype)
     lse = kept_lse + torch.nn.functional.softplus(-above) - math.log(total)
     return out, torch.where(empty, -torch.inf, lse)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Passes out and lse through, and adds the gradients of captured tensors from the chunked path.
-
-    FlexAttention accumulates such gradients with atomics; the chunked path sums them in a fixed order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, work: Work, recomputed: tuple[bool, ...], out: Tensor, lse: Tensor, *tensors: Tensor) -> Any:
-        ctx.work, ctx.recomputed = work, recomputed
-        ctx.save_for_backward(*tensors)
-        return out.view_as(out), lse.view_as(lse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        query, key, value, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[7:]
-        wanted = (False, False, False, *(r and n for r, n in zip(ctx.recomputed, needs, strict=True)))
-        found = gradients(ctx.work, query, key, value, tuple(tensors), wanted, grad_out, grad_lse)
-        return (None, None, grad_out, grad_lse, None, None, None, *found[3:])

@@ -1,0 +1,261 @@
+"""Triton kernels for patterns with a selection: the pattern's mask, score and gates printed into kernels that gather.
+
+The keys of a chunk of queries come in parts that have no pair in common:
+
+- near: what the pattern allows whatever is selected (windows, sinks, ...), tile by tile from a block mask;
+- slots: for each selection the keys in its slots as the chunk starts, gathered row by row;
+- fresh: for each selection the keys that enter it inside the chunk, which are neighbours.
+
+Every pair counts once, in the first part that has it. What a part knows of its pairs (that the near mask holds, or
+that the key is selected) is put into the expressions first, so that a part computes no more than it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from flexsparse.codegen.gathered_template import MODULE, attend, gradient_of_keys, gradient_of_query
+from flexsparse.codegen.triton_text import TritonText
+from flexsparse.ir.derivative import derivative
+from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
+from flexsparse.ir.program import Gate, Program, Selected
+from flexsparse.ir.simplify import simplify
+
+_ONE = Constant(1.0)
+_SLOPES = {
+    "": "tl.where((x > least) & (x < 1.0), 1.0, 0.0)",
+    "ste": "tl.where((x > least) & (x < 1.0), 1.0, 0.0)",
+    "ste_identity": "1.0",
+    "ste_sigmoid": "tl.sigmoid(x) * (1.0 - tl.sigmoid(x))",
+}
+
+
+@dataclass(frozen=True)
+class GatheredSource:
+    """The module's text and what its kernels read, in order.
+
+    ``captured``: tensors by name, with their dimensions; ``numbers``: functions of sizes by name, as Python text.
+    ``gated``: the selections whose gates are computed; ``slot_gates``: for each selection, those among them that its
+    gathered keys have; ``shifted``: those with a gradient for tau.
+    """
+
+    text: str
+    captured: tuple[tuple[str, int], ...]
+    numbers: Mapping[str, str]
+    gated: tuple[int, ...]
+    slot_gates: Mapping[int, tuple[int, ...]]
+    shifted: tuple[int, ...]
+
+
+def near_mask(program: Program) -> Node:
+    """What the pattern allows whatever is selected; masks never fall as selections grow."""
+    return simplify(_replaced(program.mask, {n: FALSE for n in walk(program.mask) if isinstance(n, Selected)}))
+
+
+def _replaced(node: Node, known: Mapping[Node, Node]) -> Node:
+    if node in known:
+        return known[node]
+    return rebuild(node, tuple(_replaced(child, known) for child in node.children))
+
+
+def _operands(op: str, node: Node) -> list[Node]:
+    if isinstance(node, Apply) and node.op == op:
+        return [x for arg in node.args for x in _operands(op, arg)]
+    return [node]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part: its mask (TRUE where every key of it is seen), and the expressions under what it knows."""
+
+    mask: Node
+    score: Node
+    gate_k: Node
+    gate_v: Node
+    gate_logit: Node
+
+    @property
+    def expressions(self) -> tuple[Node, ...]:
+        return (self.mask, self.score, self.gate_k, self.gate_v, self.gate_logit)
+
+    @property
+    def gates(self) -> list[Gate]:
+        found = {n for e in self.expressions for n in walk(e) if isinstance(n, Gate)}
+        return sorted(found, key=lambda gate: gate.number)
+
+    def forward(self) -> _Part:
+        """Straight-through gates are 1; only their derivatives know better."""
+        ones: dict[Node, Node] = {gate: _ONE for gate in self.gates if gate.through}
+        return _Part(*(simplify(_replaced(e, ones)) for e in self.expressions))
+
+
+def _part(program: Program, mask: Node, known: Mapping[Node, Node]) -> _Part:
+    rest = (program.score, program.gate_k, program.gate_v, program.gate_logit)
+    return _Part(simplify(mask), *(simplify(_replaced(e, known)) for e in rest))
+
+
+def _parts(program: Program) -> dict[str, _Part]:
+    near = near_mask(program)
+    parts = {}
+    if near != FALSE:
+        known: dict[Node, Node] = {near: TRUE, **dict.fromkeys(_operands("and", near), TRUE)}
+        parts["full"] = _part(program, TRUE, known)
+        parts["near"] = _part(program, near, known)
+    for n in range(len(program.selections)):
+        held: dict[Node, Node] = {Selected(n): TRUE, near: FALSE, **dict.fromkeys(_operands("or", near), FALSE)}
+        held = {node: value for node, value in held.items() if not isinstance(node, Constant)}
+        mask = _replaced(program.mask, held)
+        for other in [Apply("not", (Selected(m),)) for m in range(n)] + [Apply("not", (near,))] * (near != FALSE):
+            mask = Apply("and", (mask, other))
+        parts[f"selected {n}"] = _part(program, mask, held)
+    return parts
+
+
+class _Printer:
+    """The lines that a part adds to a kernel, in forward and in backward."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.text = TritonText()
+
+    def loads(self, part: _Part, slopes: bool) -> list[str]:
+        lines = []
+        for n in sorted({n.number for e in part.expressions for n in walk(e) if isinstance(n, Selected)}):
+            at = f"(b * heads_{n} + h // group_{n}) * length + kv"
+            lines.append(f"selected_{n} = (tl.load(p_birth_{n} + {at}) <= q) & (q < tl.load(p_death_{n} + {at}))")
+        for gate in part.gates:
+            n, through = gate.number, gate.through
+            if through and not slopes:
+                continue
+            head = f"(b * heads_{n} + h // group_{n}) * length"
+            shift = "" if through == "ste_identity" else f" - tl.load(p_tau_{n} + {head} + q)"
+            lines.append(f"x = tl.load(p_u_{n} + {head} + kv){shift}")
+            if through in ("", "ste"):
+                lines.append(f"least = tl.load(p_least_{n} + {head} + q)")
+            if not through:
+                lines.append(f"m_{n} = tl.where(x >= 1.0, 1.0, tl.where(x <= least, least, x))")
+            if slopes:
+                lines.append(f"slope_{n} = {_SLOPES[through]}")
+        return lines
+
+    def score(self, part: _Part) -> list[str]:
+        """From ``raw``, scale times the product of query and key, to ``score``; -inf where the mask hides a key."""
+        part = part.forward()
+        lines = ["score = raw"]
+        if part.gate_k != _ONE:
+            lines.append(f"gate_k = {self.text.emit(part.gate_k)}")
+            lines.append("score = raw * gate_k")
+        if part.score != Symbol("score"):
+            lines.append(f"score = {self._shaped(part.score)}")
+        if part.gate_logit != _ONE:
+            lines.append(f"score = score + tl.log({self.text.emit(part.gate_logit)})")
+        return lines
+
+    def _shaped(self, node: Node) -> str:
+        text = self.text.emit(node)
+        return text if mentions(node, "score") else f"0.0 * raw + ({text})"
+
+    def seen(self, part: _Part) -> str:
+        """The mask as text, empty where every key is seen."""
+        mask = part.forward().mask
+        return "" if mask == TRUE else self.text.emit(mask)
+
+    def value_gate(self, part: _Part) -> str:
+        """The gate on V as text, empty for 1."""
+        gate = part.forward().gate_v
+        return "" if gate == _ONE else self.text.emit(gate)
+
+    def slopes(self, part: _Part) -> list[str]:
+        """From ``d_score`` and ``d_gate_v`` to ``d_raw``, and to ``d_x_n`` of every gate."""
+        ones: dict[Node, Node] = {gate: _ONE for gate in part.gates if gate.through}
+        now = part.forward()
+
+        def printed(node: Node) -> str:
+            return self.text.emit(simplify(_replaced(node, ones)))
+
+        inner = simplify(_replaced(derivative(part.score, Symbol("score")), ones))
+        lines = ["d_raw = d_score"]
+        if inner != _ONE:
+            # The derivative is taken where the score expression is, at raw * gate_k.
+            lines.insert(0, "score = raw * gate_k" if now.gate_k != _ONE else "score = raw")
+            lines[-1] = f"d_raw = d_score * ({self.text.emit(inner)})"
+        for gate in part.gates:
+            terms = []
+            for what, base in (("gate_k", "d_raw * raw"), ("gate_v", "d_gate_v")):
+                factor = printed(derivative(getattr(part, what), gate))
+                if factor != "0.0":
+                    terms.append(base if factor == "1.0" else f"{base} * ({factor})")
+            factor = printed(derivative(part.gate_logit, gate))
+            if factor != "0.0":
+                logit = self.text.emit(now.gate_logit)
+                terms.append(f"d_score * ({factor}) / ({logit})" if now.gate_logit != _ONE else f"d_score * ({factor})")
+            lines.append(f"d_x_{gate.number} = ({' + '.join(terms) or '0.0 * raw'}) * slope_{gate.number}")
+        if now.gate_k != _ONE:
+            lines.append("d_raw = d_raw * gate_k")
+        return lines
+
+
+@functools.lru_cache(maxsize=256)
+def gathered_source(program: Program, title: str) -> GatheredSource:
+    """The kernels of a program with at least one selection and nothing that the text cannot say."""
+    parts, printer = _parts(program), _Printer(program)
+    gated = sorted({gate.number for part in parts.values() for gate in part.gates})
+    slot_gates = {
+        n: tuple(dict.fromkeys(gate.number for gate in parts[f"selected {n}"].gates))
+        for n in range(len(program.selections))
+    }
+    shifted = sorted({g.number for p in parts.values() for g in p.gates if g.through != "ste_identity"})
+    blocks = {
+        (way, name): made(printer, part, name.split()[0])
+        for name, part in parts.items()
+        for way, made in (("forward", attend), ("query", gradient_of_query), ("keys", gradient_of_keys))
+    }
+    names = dict.fromkeys(n.tensor for e in program.expressions.values() for n in walk(e) if isinstance(n, Load))
+    captured = tuple((spec.name, len(spec.dims)) for spec in names if spec.name not in program.sink_only)
+    text = MODULE(title, blocks, captured, tuple(printer.text.numbers), len(program.selections), slot_gates, shifted)
+    return GatheredSource(text, captured, dict(printer.text.numbers), tuple(gated), slot_gates, tuple(shifted))
+
+
+@functools.lru_cache(maxsize=256)
+def load_module(text: str) -> ModuleType:
+    """The text as a module from a file in the cache directory, which tracebacks and Triton can read."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = f"flexsparse_gathered_{digest}"
+    path = _kept(f"{name}.py", text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _kept(name: str, text: str) -> pathlib.Path:
+    """A file with this text in ``FLEXSPARSE_CACHE_DIR`` or the user's cache; where that is read-only, a temporary one.
+
+    It is written beside its place and moved there, so that other processes find all of it or nothing.
+    """
+    home = pathlib.Path(os.environ.get("FLEXSPARSE_CACHE_DIR") or pathlib.Path.home() / ".cache" / "flexsparse")
+    for folder in (home / "kernels", pathlib.Path(tempfile.gettempdir()) / f"flexsparse-{os.getuid()}"):
+        path = folder / name
+        try:
+            if path.is_file() and path.read_text() == text:
+                return path
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".py", delete=False) as file:
+                file.write(text)
+            os.replace(file.name, path)
+        except OSError:
+            continue
+        return path
+    raise OSError(f"no folder to keep {name} in: tried {home} and {tempfile.gettempdir()}")

@@ -1,0 +1,104 @@
+"""Nodes to Triton text, for kernels into which a pattern's mask, score and gates are printed.
+
+The text reads ``b``, ``h``, ``q`` and ``kv``, integer tensors that broadcast together, the sizes, and one pointer and
+its strides for each captured tensor. Functions of sizes alone are computed by the host and passed as numbers.
+"""
+
+from __future__ import annotations
+
+from flexsparse.codegen.emitter import Emitter, is_uniform
+from flexsparse.ir.nodes import COMPARISONS, OPERATIONS, Apply, Constant, Kind, Load, Node, Symbol
+from flexsparse.ir.program import Gate, Selected
+
+_CALLS = {f: f"tl.{f}" for f in ("abs", "exp", "exp2", "log", "log2", "sqrt", "cos", "sigmoid")}
+_CALLS |= {"tanh": "tanh", "minimum": "tl.minimum", "maximum": "tl.maximum"}
+_INTEGER_CALLS = {"floordiv": "floordiv", "mod": "floormod"}
+_TRUNCATING = {"truncdiv": "//", "truncmod": "%"}
+_NEVER_NEGATIVE = ("b", "h", "q", "kv", "q_len", "kv_len", "heads")
+
+
+class TritonText:
+    """Nodes to text; ``numbers`` collects functions of sizes, as the Python text by which the host computes them."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, str] = {}
+        self._host = Emitter("torch.float32", None)
+
+    def emit(self, node: Node) -> str:
+        return self._render(node)[0]
+
+    def _render(self, node: Node) -> tuple[str, int]:
+        match node:
+            case Constant(value):
+                return f'float("{value}")' if value in (float("inf"), -float("inf")) else repr(value), 10
+            case Symbol(name):
+                return name, 10
+            case Load(tensor, index):
+                steps = [f"{self._wrapped(i, Kind.INT, 7)} * {tensor.name}_stride_{n}" for n, i in enumerate(index)]
+                found = f"tl.load({' + '.join([f'p_{tensor.name}', *steps])})"
+                return (f"({found} * 1.0)" if tensor.kind is Kind.REAL else found), 10
+            case Selected(n):
+                return f"selected_{n}", 10
+            case Gate(n, through):
+                assert not through
+                return f"m_{n}", 10
+            case Apply(op, args):
+                return self._number(node) if is_uniform(node) else self._apply(node, op, args)
+        raise AssertionError(f"no Triton code for {type(node).__name__}")
+
+    def _number(self, node: Apply) -> tuple[str, int]:
+        text = self._host.emit(node)
+        name = next((known for known, other in self.numbers.items() if other == text), f"c_{len(self.numbers)}")
+        self.numbers[name] = text
+        return (f"({name} != 0)" if node.kind is Kind.BOOL else name), 10
+
+    def _apply(self, node: Apply, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
+        operation = OPERATIONS[op]
+        if op == "where":
+            return f"tl.where({self.emit(args[0])}, {', '.join(self._as(node.kind, a) for a in args[1:])})", 10
+        if op == "floor":
+            return f"tl.floor({self._as(Kind.REAL, args[0])}).to(tl.int32)", 10
+        if op in _INTEGER_CALLS and not (_is_natural(args[0]) and _is_positive(args[1])):
+            return f"{_INTEGER_CALLS[op]}({', '.join(self.emit(a) for a in args)})", 10
+        if op in _TRUNCATING:
+            return f"{self._wrapped(args[0], Kind.INT, 7)} {_TRUNCATING[op]} {self._wrapped(args[1], Kind.INT, 8)}", 7
+        if not operation.symbol:
+            return f"{_CALLS[op]}({', '.join(self._as(node.kind, a) for a in args)})", 10
+        wanted = node.kind
+        if op in COMPARISONS:
+            wanted = Kind.REAL if any(a.kind is Kind.REAL for a in args) else Kind.INT
+        level = operation.precedence
+        if operation.arity == 1:
+            return f"{operation.symbol}{self._wrapped(args[0], wanted, level)}", level
+        if op in ("and", "or", "xor"):
+            return f" {operation.symbol} ".join(self._wrapped(a, Kind.BOOL, level) for a in args), level
+        left = self._wrapped(args[0], wanted, level + 1 if op in COMPARISONS else level)
+        return f"{left} {operation.symbol} {self._wrapped(args[1], wanted, level + 1)}", level
+
+    def _wrapped(self, node: Node, kind: Kind, at_least: int) -> str:
+        text = self._as(kind, node)
+        return (
+            text
+            if (text.startswith("(") and text.endswith("* 1.0)")) or self._render(node)[1] >= at_least
+            else (f"({text})")
+        )
+
+    def _as(self, kind: Kind, node: Node) -> str:
+        """The node's text, as a real where one is wanted; a product makes one of tensors and of numbers alike."""
+        if kind is Kind.REAL and node.kind is Kind.INT and not isinstance(node, Constant):
+            text, level = self._render(node)
+            return f"({text} * 1.0)" if level >= 7 else f"(({text}) * 1.0)"
+        return self.emit(node)
+
+
+def _is_natural(node: Node) -> bool:
+    """Whether an integer is certainly not negative: then the division of the machine is the one that is meant."""
+    if isinstance(node, Constant):
+        return node.value >= 0
+    if isinstance(node, Symbol):
+        return node.name in _NEVER_NEGATIVE
+    return isinstance(node, Apply) and node.op in ("add", "mul", "floordiv", "mod") and all(map(_is_natural, node.args))
+
+
+def _is_positive(node: Node) -> bool:
+    return isinstance(node, Constant) and node.value > 0

@@ -1,0 +1,222 @@
+"""Attention by kernels that gather selected rows: forward and every gradient, in a fixed order, without atomics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexsparse.codegen.block_mask import block_lists
+from flexsparse.codegen.gathered import GatheredSource, load_module
+from flexsparse.ir.nodes import SelectionNode
+from flexsparse.ops.causal import CausalSelection
+from flexsparse.ops.selection import slot_table
+from flexsparse.runtime.chunked import Work
+from flexsparse.runtime.inputs import Shapes
+from flexsparse.settings import CHUNK
+
+_KEYS = 64
+# Programs that keep every multiprocessor busy; spans of chunks are cut until there are so many.
+_BUSY = 512
+
+
+@dataclass(frozen=True)
+class GatheredCall:
+    """Everything but query, key, value and the scores that the kernels of one call read.
+
+    ``values`` are those of ``make_buffers``; ``lists`` the block mask of what is near, in tiles of CHUNK.
+    """
+
+    source: GatheredSource
+    shapes: Shapes
+    scale: float
+    values: Mapping[str, Any]
+    lists: tuple[Tensor, ...]
+    ks: tuple[int, ...]
+    afters: tuple[int, ...]
+
+    @property
+    def module(self) -> ModuleType:
+        return load_module(self.source.text)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.shapes.q_len // CHUNK)
+
+
+def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau."""
+    thresholds = [call.values[f"tau_{n}"] for n in call.source.shifted]
+    scores = [call.values[f"u_{n}"] for n in call.source.gated]
+    return _Gathered.apply(call, query, key, value, *scores, *thresholds)
+
+
+def make_call(
+    source: GatheredSource, work: Work, values: Mapping[str, Any], selections: tuple[SelectionNode, ...]
+) -> GatheredCall:
+    """The call of ``work``, whose tiles are those of the near mask in tiles of CHUNK."""
+    size = work.shapes.kv_len
+    ks, afters = tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
+    return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: GatheredCall, query: Tensor, key: Tensor, value: Tensor, *scores: Tensor) -> Any:
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        shapes = call.shapes
+        out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
+        lse = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, dtype=torch.float32)
+        level, share = torch.empty_like(lse), torch.empty_like(lse)
+        arguments = _arguments(call, query, key, value, scores)
+        call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
+            **arguments,
+            **_lists(call, 0),
+            p_out=out,
+            p_lse=lse,
+            p_level=level,
+            p_share=share,
+            **_launch("forward", shapes),
+        )
+        ctx.save_for_backward(query, key, value, out, level, share, *scores)
+        ctx.call, ctx.tables = call, {n: arguments[f"p_table_{n}"] for n in range(len(call.ks))}
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, level, share, *scores = ctx.saved_tensors
+        call, shapes = ctx.call, ctx.call.shapes
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        delta = (d_out.float() * out.float()).sum(-1) - d_lse
+        arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
+        arguments |= {"p_d_out": d_out, "p_level": level, "p_share": share, "p_delta": delta}
+        arguments |= dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
+        pairs = (shapes.batch, shapes.kv_heads, shapes.kv_len)
+        d_key = torch.empty_like(key, memory_format=torch.contiguous_format)
+        d_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+        d_u = {n: query.new_empty(pairs, dtype=torch.float32) for n in call.source.gated}
+        d_tau = {n: torch.empty_like(level) for n in call.source.shifted}
+        # The first selection's share waits where the sum will stand.
+        shares = {
+            n: (d_key, d_value) if n == 0 else (torch.empty_like(d_key), torch.empty_like(d_value))
+            for n in range(len(call.ks))
+        }
+        part_u = {
+            (n, m): query.new_empty(pairs, dtype=torch.float32)
+            for n, own in call.source.slot_gates.items()
+            for m in own
+        }
+        for n, part in shares.items():
+            _gather_slots(call, n, arguments, part, {m: x for (of, m), x in part_u.items() if of == n})
+        d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        call.module.query_gradient[(call.chunks, shapes.heads, shapes.batch)](
+            **arguments, **_lists(call, 0), p_d_query=d_query,
+            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_launch("query", shapes),
+        )  # fmt: skip
+        parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
+        parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
+        parts |= {f"p_part_u_{n}_{m}": x for (n, m), x in part_u.items()}
+        call.module.key_gradient[(-(-shapes.kv_len // _KEYS), shapes.kv_heads, shapes.batch)](
+            **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
+            **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_launch("key", shapes),
+        )  # fmt: skip
+        found = [_over_heads(d_u[n], call.values[f"u_{n}"]) for n in call.source.gated]
+        found += [_over_heads(d_tau[n], call.values[f"tau_{n}"]) for n in call.source.shifted]
+        return None, d_query, d_key, d_value, *found
+
+
+def _over_heads(gradient: Tensor, of: Tensor) -> Tensor:
+    """A gradient by head, summed over the heads that share a row of scores."""
+    heads = of.shape[1]
+    return gradient.unflatten(1, (heads, -1)).sum(2).to(of.dtype)
+
+
+def _gather_slots(
+    call: GatheredCall,
+    n: int,
+    arguments: Mapping[str, Any],
+    part: tuple[Tensor, Tensor],
+    part_u: Mapping[int, Tensor],
+) -> None:
+    """The gradients of selected keys from the chunks that gathered them, in spans of chunks that are then joined."""
+    shapes, k = call.shapes, call.ks[n]
+    blocks, pairs = -(-k // _KEYS), shapes.batch * shapes.kv_heads
+    spans = max(1, min(call.chunks, _BUSY // (blocks * pairs)))
+    span = -(-call.chunks // spans)
+    spans = -(-call.chunks // span)
+    width = shapes.head_dim + shapes.value_dim + len(part_u)
+    ends = torch.empty(pairs * spans * 2 * k * width if spans > 1 else 1, dtype=torch.float32, device=shapes.device)
+    own = {f"p_part_key_{n}": part[0], f"p_part_value_{n}": part[1], "p_ends": ends, "kv_heads": shapes.kv_heads}
+    own |= {"span": span, "SPANS": spans, **{f"p_part_u_{n}_{m}": x for m, x in part_u.items()}}
+    launch = _launch("slot", shapes)
+    getattr(call.module, f"slot_gradient_{n}")[(blocks, spans, pairs)](**arguments, **own, **launch)
+    if spans > 1:
+        forward = {name: x for name, x in arguments.items() if name not in _GRADIENTS}
+        getattr(call.module, f"join_spans_{n}")[(blocks, pairs)](**forward, **own, **launch)
+
+
+_GRADIENTS = ("p_d_out", "p_level", "p_share", "p_delta", "stride_ob", "stride_oh", "stride_os")
+
+
+def _arguments(
+    call: GatheredCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: tuple[Tensor, ...],
+    tables: Mapping[int, Tensor] | None = None,
+) -> dict[str, Any]:
+    shapes, values, source = call.shapes, call.values, call.source
+    made: dict[str, Any] = {"p_query": query, "p_key": key, "p_value": value, "scale": call.scale}
+    for name, tensor in (("q", query), ("k", key), ("v", value)):
+        made |= {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate("bhs")}
+    made |= {"length": shapes.q_len, "heads": shapes.heads, "group": shapes.heads // shapes.kv_heads}
+    made["n_chunks"] = call.chunks
+    gates = dict(zip([*(f"u_{n}" for n in source.gated), *(f"tau_{n}" for n in source.shifted)], scores, strict=True))
+    for n, (k, after) in enumerate(zip(call.ks, call.afters, strict=True)):
+        birth, death, slot = (values[f"{what}_{n}"] for what in ("birth", "death", "slot"))
+        table = slot_table(CausalSelection(birth, death, slot), k, CHUNK) if tables is None else tables[n]
+        made |= {f"p_birth_{n}": birth, f"p_death_{n}": death, f"p_table_{n}": table, f"heads_{n}": birth.shape[1]}
+        made |= {f"group_{n}": shapes.heads // birth.shape[1], f"k_{n}": k, f"after_{n}": after}
+        if n in source.shifted:
+            made[f"p_least_{n}"] = values[f"least_{n}"].contiguous()
+    made |= {f"p_{name}": tensor.contiguous() for name, tensor in gates.items()}
+    for name, dims in source.captured:
+        tensor = values[name]
+        made |= {f"p_{name}": tensor, **{f"{name}_stride_{d}": tensor.stride(d) for d in range(dims)}}
+    sizes = {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads}
+    made |= {name: eval(text, {"math": math, "min": min, "max": max, "abs": abs}, sizes) for name, text in
+             source.numbers.items()}  # fmt: skip
+    return made
+
+
+def _lists(call: GatheredCall, first: int) -> dict[str, Any]:
+    """The four lists from ``first`` on: partial and full tiles, of queries (0) or of keys (4)."""
+    near_count, near_index, full_count, full_index = call.lists[first : first + 4]
+    rows, heads = near_count.shape[:2]
+    one_b, one_h = int(rows > 1), int(heads > 1)
+    return {
+        "p_near_count": near_count, "p_near_index": near_index, "p_full_count": full_count,
+        "p_full_index": full_index, "count_b": one_b * near_count.stride(0), "count_h": one_h * near_count.stride(1),
+        "index_b": one_b * near_index.stride(0), "index_h": one_h * near_index.stride(1),
+        "index_row": near_index.stride(2),
+    }  # fmt: skip
+
+
+def _launch(kernel: str, shapes: Shapes) -> dict[str, Any]:
+    """Block sizes, warps and stages."""
+    warps, stages = {"forward": (4, 3), "query": (4, 2), "key": (8, 2), "slot": (8, 2)}[kernel]
+    return {
+        "HEAD_DIM": shapes.head_dim, "VALUE_DIM": shapes.value_dim,
+        "BLOCK_D": max(16, 1 << (shapes.head_dim - 1).bit_length()),
+        "BLOCK_V": max(16, 1 << (shapes.value_dim - 1).bit_length()),
+        "BLOCK_M": CHUNK, "BLOCK_N": _KEYS, "PRECISION": "ieee" if shapes.dtype is torch.float32 else "tf32",
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
