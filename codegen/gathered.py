@@ -25,6 +25,7 @@ from types import ModuleType
 
 from flexsparse.codegen.gathered_template import MODULE, attend, gradient_of_keys, gradient_of_query
 from flexsparse.codegen.triton_text import TritonText
+from flexsparse.ir.canonical import canonical
 from flexsparse.ir.derivative import derivative
 from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
 from flexsparse.ir.program import Gate, Program, Selected
@@ -114,10 +115,16 @@ def _parts(program: Program) -> dict[str, _Part]:
         held: dict[Node, Node] = {Selected(n): TRUE, near: FALSE, **dict.fromkeys(_operands("or", near), FALSE)}
         held = {node: value for node, value in held.items() if not isinstance(node, Constant)}
         mask = _replaced(program.mask, held)
-        for other in [Apply("not", (Selected(m),)) for m in range(n)] + [Apply("not", (near,))] * (near != FALSE):
-            mask = Apply("and", (mask, other))
+        for other in (*(Selected(m) for m in range(n)), *_possible(near, program.selections[n].after)):
+            mask = Apply("and", (mask, Apply("not", (other,))))
         parts[f"selected {n}"] = _part(program, mask, held)
     return parts
+
+
+def _possible(near: Node, after: int) -> list[Node]:
+    """The operands of a near mask that can hold for a key which is ``after`` queries old or older."""
+    old = Apply("le", (Apply("add", (Symbol("kv"), Constant(after))), Symbol("q")))
+    return [part for part in _operands("or", near) if canonical(Apply("and", (part, old))) != FALSE]
 
 
 class _Printer:
@@ -142,7 +149,7 @@ class _Printer:
             if through in ("", "ste"):
                 lines.append(f"least = tl.load(p_least_{n} + {head} + q)")
             if not through:
-                lines.append(f"m_{n} = tl.where(x >= 1.0, 1.0, tl.where(x <= least, least, x))")
+                lines.append(f"m_{n} = clipped(x, least)")
             if slopes:
                 lines.append(f"slope_{n} = {_SLOPES[through]}")
         return lines

@@ -65,8 +65,9 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
     """What one chunk of queries of head ``h`` adds to the gradients of a tile's keys, values and scores."""
     gate = printer.value_gate(part)
     return [
-        "row = tl.minimum(start + tl.arange(0, BLOCK_M), length - 1)",
-        "m_row = start + tl.arange(0, BLOCK_M) < length",
+        "row = first_row + tl.arange(0, BLOCK_Q)",
+        "m_row = row < length",
+        "row = tl.minimum(row, length - 1)",
         "q = row[None, :]",
         "at = (b * heads + h) * length + row",
         "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)",
@@ -88,7 +89,8 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
     ]
 
 
-_SEEN_BY_KEYS: dict[str, Lines] = {"full": [], "near": ["seen = m_column[:, None]"], "selected": ["seen = held"]}
+# Of selected keys, SEEN stands for what the kernel knows: whether they come from slots or are fresh.
+_SEEN_BY_KEYS: dict[str, Lines] = {"full": [], "near": ["seen = m_column[:, None]"], "selected": ["seen = SEEN"]}
 
 _HELPERS = '''
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -112,6 +114,12 @@ def tanh(x):
 
 
 @triton.jit
+def clipped(x, least):
+    """x in [least, 1], NaN where it is NaN."""
+    return tl.maximum(tl.minimum(x, 1.0, tl.PropagateNan.ALL), least, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """Rows by index, [len(index), PADDED]."""
     at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
@@ -120,6 +128,25 @@ def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.const
     else:
         found = tl.load(at, mask=feature[None, :] < SIZE, other=0.0)
     return found
+
+
+@triton.jit
+def row_products(
+    p_out, p_d_out, stride_ob, stride_oh, stride_os, p_d_lse, p_delta, length, heads,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What every key's gradient is measured against: the product of each row of out with its gradient, less d_lse."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m_row = row < length
+    at = (b * heads + h) * length + row
+    row = tl.minimum(row, length - 1)
+    feature = tl.arange(0, BLOCK_V)
+    out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V)
+    d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse + at, mask=m_row, other=0.0)
+    tl.store(p_delta + at, delta, mask=m_row)
 
 
 @triton.jit
@@ -186,7 +213,8 @@ def _selected_loops(n: str, body: Lines) -> Lines:
         "    m_key = column >= 0",
         "    column = tl.maximum(column, 0)",
         "    kv = column[None, :]",
-        f"    seen = m_key[None, :] & (q < tl.load(p_death_{n} + {head} * length + kv))",
+        f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
+        "    seen = q < gone",
         *inner,
         f"# Selection {n}: the keys that enter inside the chunk.",
         f"for first in range(start + 1 - after_{n}, start + BLOCK_M - after_{n}, BLOCK_N):",
@@ -194,7 +222,8 @@ def _selected_loops(n: str, body: Lines) -> Lines:
         "    m_key = (column >= 0) & (column < length)",
         "    column = tl.minimum(tl.maximum(column, 0), length - 1)",
         "    kv = column[None, :]",
-        f"    seen = m_key[None, :] & (kv + after_{n} <= q) & (q < tl.load(p_death_{n} + {head} * length + kv))",
+        f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
+        f"    seen = (kv + after_{n} <= q) & (q < gone)",
         *inner,
     ]
 
@@ -221,23 +250,28 @@ def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
             lines += [
                 f"# Selection {n}: the chunks inside which these keys enter it.",
                 f"begin = tl.maximum(first + after_{n}, 0) // BLOCK_M",
-                f"for chunk in range(begin, tl.minimum((first + BLOCK_N - 1 + after_{n}) // BLOCK_M + 1, n_chunks)):",
-                "    start = chunk * BLOCK_M",
-                f"    death = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + kv)",
-                "    queries = (start + tl.arange(0, BLOCK_M))[None, :]",
-                f"    held = m_column[:, None] & (kv + after_{n} <= queries) & (queries < death)",
-                f"    held = held & (kv + after_{n} > start)",
-                *inner,
+                f"end = tl.minimum((first + BLOCK_N - 1 + after_{n}) // BLOCK_M + 1, n_chunks)",
+                f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + kv)",
+                "gone = tl.where(m_column[:, None], gone, 0)",
+                "for step in range(begin * (BLOCK_M // BLOCK_Q), end * (BLOCK_M // BLOCK_Q)):",
+                "    first_row = step * BLOCK_Q",
+                "    start = step // (BLOCK_M // BLOCK_Q) * BLOCK_M",
+                *(_known(inner, f"(kv + after_{n} <= q) & (q < gone) & (kv + after_{n} > start)")),
             ]
         else:
             lines += [
-                f"for step in range(tl.load(p_{kind}_count + b * count_b + h * count_h + first // BLOCK_M)):",
-                f"    chunk = tl.load(p_{kind}_index + b * index_b + h * index_h + first // BLOCK_M * index_row "
-                "+ step)",
-                "    start = chunk * BLOCK_M",
+                f"count = tl.load(p_{kind}_count + b * count_b + h * count_h + first // BLOCK_M)",
+                f"tiles = p_{kind}_index + b * index_b + h * index_h + first // BLOCK_M * index_row",
+                "for step in range(count * (BLOCK_M // BLOCK_Q)):",
+                "    first_row = tl.load(tiles + step // (BLOCK_M // BLOCK_Q)) * BLOCK_M",
+                "    first_row += step % (BLOCK_M // BLOCK_Q) * BLOCK_Q",
                 *inner,
             ]
     return lines
+
+
+def _known(lines: Lines, seen: str) -> Lines:
+    return [line.replace("SEEN", seen) for line in lines]
 
 
 def MODULE(  # noqa: N802
@@ -258,7 +292,8 @@ def MODULE(  # noqa: N802
     all_gated = sorted({m for own in gated.values() for m in own})
     pattern = ["scale", "length", "heads", "group", "n_chunks"]
     for n in every:
-        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_table_{n}", f"heads_{n}", f"group_{n}", f"k_{n}", f"after_{n}"]
+        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_table_{n}", f"p_next_{n}"]
+        pattern += [f"heads_{n}", f"group_{n}", f"k_{n}", f"after_{n}"]
         pattern += [f"p_u_{n}"] * (n in all_gated) + [f"p_tau_{n}", f"p_least_{n}"] * (n in shifted)
     for name, dims in captured:
         pattern += [f"p_{name}", *(f"{name}_stride_{d}" for d in range(dims))]
@@ -268,7 +303,7 @@ def MODULE(  # noqa: N802
     lists += ["index_b", "index_h", "index_row"]
     operands = ["p_query", "p_key", "p_value", *strides, *pattern]
     gradients = ["p_d_out", "stride_ob", "stride_oh", "stride_os", "p_level", "p_share", "p_delta"]
-    constants = ["HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V", "BLOCK_M", "BLOCK_N", "PRECISION"]
+    constants = ["HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V", "BLOCK_M", "BLOCK_Q", "BLOCK_N", "PRECISION"]
 
     def kernel(name: str, about: str, parameters: Sequence[str], body: str, more: Sequence[str] = ()) -> str:
         listed = ", ".join([*parameters, *(f"{c}: tl.constexpr" for c in (*constants, *more))])
@@ -438,36 +473,41 @@ def _slot_gradient(n: int, body: Lines, gated: Sequence[int]) -> str:
 begin = tl.program_id(1) * span
 stop = tl.minimum(begin + span, n_chunks)
 """
+        + "blocks = tl.num_programs(0)\n"
+        + f"next_change = p_next_{n} + ((b * heads_{n} + kv_head * heads_{n} // kv_heads) * blocks + tl.program_id(0)) "
+        "* n_chunks\n"
         + f"holder = tl.load(table + begin * k_{n}, mask=m_slot, other=-1)\n"
         + "# Whether the slot still has the key with which the span began.\n"
         + "initial = holder >= -1\n"
         + "d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\nd_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)\n"
         + "".join(f"d_u_{m} = tl.zeros([BLOCK_N], tl.float32)\n" for m in gated)
-        + "for chunk in range(begin, stop):\n    start = chunk * BLOCK_M\n"
-        + f"    now = tl.load(table + chunk * k_{n}, mask=m_slot, other=-1)\n"
-        + "    changed = now != holder\n"
-        + "    if tl.max(changed.to(tl.int32), 0) > 0:\n"
-        + "        gone = changed & (holder >= 0)\n"
-        + "        if SPANS == 1:\n"
-        + put("gone", " " * 12)
-        + "        else:\n"
-        + put("gone & ~initial", " " * 12)
-        + put_end(0, "gone & initial", " " * 12)
+        + "chunk = begin\nwhile chunk < stop:\n"
+        + "    # No slot of the block changes before this chunk.\n"
+        + "    until = tl.minimum(tl.load(next_change + chunk), stop)\n"
+        + "    column = tl.maximum(holder, 0)\n    kv = column[:, None]\n"
+        + "    key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, "
+        "BLOCK_D)\n"
+        + "    value = rows_of(p_value + b * stride_vb + kv_head * stride_vh, column, stride_vs, value_feature, "
+        "VALUE_DIM, BLOCK_V)\n"
+        + f"    gone = tl.load(p_death_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * length + kv)\n"
+        + "    gone = tl.where((holder >= 0)[:, None], gone, 0)\n"
+        + "    steps = tl.where(tl.max(holder, 0) >= 0, (until - chunk) * group * (BLOCK_M // BLOCK_Q), 0)\n"
+        + "    for step in range(0, steps):\n"
+        + "        h = kv_head * group + step % group\n"
+        + "        first_row = chunk * BLOCK_M + step // group * BLOCK_Q\n"
+        + _indented(_known(body, "q < gone"), 8)
+        + f"\n    now = tl.load(table + tl.minimum(until, n_chunks - 1) * k_{n}, mask=m_slot, other=-1)\n"
+        + "    now = tl.where(until < stop, now, holder)\n    changed = now != holder\n    left = changed & (holder >= 0)\n"
+        + "    if SPANS == 1:\n"
+        + put("left", " " * 8)
+        + "    else:\n"
+        + put("left & ~initial", " " * 8)
+        + put_end(0, "left & initial", " " * 8)
         + "    d_key = tl.where(changed[:, None], 0.0, d_key)\n"
         + "    d_value = tl.where(changed[:, None], 0.0, d_value)\n"
         + zero
-        + "    initial = initial & ~changed\n    holder = now\n"
-        + "    if tl.max(holder, 0) >= 0:\n"
-        + "        column = tl.maximum(holder, 0)\n        kv = column[:, None]\n"
-        + "        key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, "
-        "BLOCK_D)\n"
-        + "        value = rows_of(p_value + b * stride_vb + kv_head * stride_vh, column, stride_vs, value_feature, "
-        "VALUE_DIM, BLOCK_V)\n"
-        + f"        death = tl.load(p_death_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * length + kv)\n"
-        + "        held = (holder >= 0)[:, None] & ((start + tl.arange(0, BLOCK_M))[None, :] < death)\n"
-        + "        for member in range(group):\n            h = kv_head * group + member\n"
-        + _indented(body, 12)
-        + "\nif SPANS == 1:\n"
+        + "    initial = initial & ~changed\n    holder = now\n    chunk = until\n"
+        + "if SPANS == 1:\n"
         + put("holder >= 0", " " * 4)
         + "else:\n"
         + put_end(1, "holder >= 0", " " * 4)

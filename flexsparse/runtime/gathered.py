@@ -24,6 +24,8 @@ from flexsparse.settings import CHUNK
 _KEYS = 64
 # Programs that keep every multiprocessor busy; spans of chunks are cut until there are so many.
 _BUSY = 512
+# Queries of a step where keys' gradients are summed, warps and stages of each kernel.
+_SIZES = {"forward": (64, 4, 2), "query": (64, 4, 2), "key": (64, 4, 1), "slot": (64, 4, 1)}
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,16 @@ class _Gathered(torch.autograd.Function):
         query, key, value, out, level, share, *scores = ctx.saved_tensors
         call, shapes = ctx.call, ctx.call.shapes
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-        delta = (d_out.float() * out.float()).sum(-1) - d_lse
+        delta = torch.empty_like(level)
+        blocks = (-(-shapes.q_len // 32), shapes.heads, shapes.batch)
+        strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
+        call.module.row_products[blocks](
+            p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(), p_delta=delta, length=shapes.q_len,
+            heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=_padded(shapes.value_dim), ROWS=32,
+        )  # fmt: skip
         arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
         arguments |= {"p_d_out": d_out, "p_level": level, "p_share": share, "p_delta": delta}
-        arguments |= dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
+        arguments |= strides
         pairs = (shapes.batch, shapes.kv_heads, shapes.kv_len)
         d_key = torch.empty_like(key, memory_format=torch.contiguous_format)
         d_value = torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -153,6 +161,7 @@ def _gather_slots(
     spans = -(-call.chunks // span)
     width = shapes.head_dim + shapes.value_dim + len(part_u)
     ends = torch.empty(pairs * spans * 2 * k * width if spans > 1 else 1, dtype=torch.float32, device=shapes.device)
+    arguments = {**arguments, f"p_next_{n}": next_changes(arguments[f"p_table_{n}"], blocks)}
     own = {f"p_part_key_{n}": part[0], f"p_part_value_{n}": part[1], "p_ends": ends, "kv_heads": shapes.kv_heads}
     own |= {"span": span, "SPANS": spans, **{f"p_part_u_{n}_{m}": x for m, x in part_u.items()}}
     launch = _launch("slot", shapes)
@@ -183,8 +192,9 @@ def _arguments(
     for n, (k, after) in enumerate(zip(call.ks, call.afters, strict=True)):
         birth, death, slot = (values[f"{what}_{n}"] for what in ("birth", "death", "slot"))
         table = slot_table(CausalSelection(birth, death, slot), k, CHUNK) if tables is None else tables[n]
-        made |= {f"p_birth_{n}": birth, f"p_death_{n}": death, f"p_table_{n}": table, f"heads_{n}": birth.shape[1]}
-        made |= {f"group_{n}": shapes.heads // birth.shape[1], f"k_{n}": k, f"after_{n}": after}
+        made |= {f"p_birth_{n}": birth, f"p_death_{n}": death, f"p_table_{n}": table, f"p_next_{n}": table}
+        made |= {f"heads_{n}": birth.shape[1], f"group_{n}": shapes.heads // birth.shape[1]}
+        made |= {f"k_{n}": k, f"after_{n}": after}
         if n in source.shifted:
             made[f"p_least_{n}"] = values[f"least_{n}"].contiguous()
     made |= {f"p_{name}": tensor.contiguous() for name, tensor in gates.items()}
@@ -210,13 +220,29 @@ def _lists(call: GatheredCall, first: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def next_changes(table: Tensor, blocks: int) -> Tensor:
+    """For every chunk the next one at whose start a block of slots has other keys: [..., blocks, chunks] int32.
+
+    table [..., chunks, k]: the key in each slot. The number of chunks stands where no change follows.
+    """
+    chunks, k = table.shape[-2:]
+    changed = torch.nn.functional.pad(table[..., 1:, :] != table[..., :-1, :], (0, blocks * _KEYS - k))
+    changed = changed.unflatten(-1, (blocks, _KEYS)).any(-1).transpose(-1, -2)
+    at = torch.arange(1, chunks, dtype=torch.int32, device=table.device)
+    later = torch.where(changed, at, chunks).flip(-1).cummin(-1).values.flip(-1)
+    return torch.nn.functional.pad(later, (0, 1), value=chunks).int().contiguous()
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def _launch(kernel: str, shapes: Shapes) -> dict[str, Any]:
     """Block sizes, warps and stages."""
-    warps, stages = {"forward": (4, 3), "query": (4, 2), "key": (8, 2), "slot": (8, 2)}[kernel]
+    queries, warps, stages = _SIZES[kernel]
     return {
         "HEAD_DIM": shapes.head_dim, "VALUE_DIM": shapes.value_dim,
-        "BLOCK_D": max(16, 1 << (shapes.head_dim - 1).bit_length()),
-        "BLOCK_V": max(16, 1 << (shapes.value_dim - 1).bit_length()),
-        "BLOCK_M": CHUNK, "BLOCK_N": _KEYS, "PRECISION": "ieee" if shapes.dtype is torch.float32 else "tf32",
-        "num_warps": warps, "num_stages": stages,
+        "BLOCK_D": _padded(shapes.head_dim), "BLOCK_V": _padded(shapes.value_dim),
+        "BLOCK_M": CHUNK, "BLOCK_Q": queries, "BLOCK_N": _KEYS,
+        "PRECISION": "ieee" if shapes.dtype is torch.float32 else "tf32", "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
