@@ -497,7 +497,8 @@ stop = tl.minimum(begin + span, n_chunks)
         + "        first_row = chunk * BLOCK_M + step // group * BLOCK_Q\n"
         + _indented(_known(body, "q < gone"), 8)
         + f"\n    now = tl.load(table + tl.minimum(until, n_chunks - 1) * k_{n}, mask=m_slot, other=-1)\n"
-        + "    now = tl.where(until < stop, now, holder)\n    changed = now != holder\n    left = changed & (holder >= 0)\n"
+        + "    now = tl.where(until < stop, now, holder)\n"
+        + "    changed = now != holder\n    left = changed & (holder >= 0)\n"
         + "    if SPANS == 1:\n"
         + put("left", " " * 8)
         + "    else:\n"

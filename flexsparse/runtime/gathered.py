@@ -25,7 +25,7 @@ _KEYS = 64
 # Programs that keep every multiprocessor busy; spans of chunks are cut until there are so many.
 _BUSY = 512
 # Queries of a step where keys' gradients are summed, warps and stages of each kernel.
-_SIZES = {"forward": (64, 4, 2), "query": (64, 4, 2), "key": (64, 4, 1), "slot": (64, 4, 1)}
+_SIZES = {"forward": (64, 4, 2), "query": (64, 4, 2), "key": (32, 4, 2), "slot": (32, 4, 2)}
 
 
 @dataclass(frozen=True)
