@@ -26,7 +26,7 @@ TYPES = {
 ATOMIC = re.compile(r"^\s*(@%?\w+\s+)?(atom|red)\.", re.MULTILINE)
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 EXPECTED = {
-    *("_row_grid", "_quantize", "_running_counts", "_merge", "_rank", "_table", "_rows", "_columns", "_walk"),
+    *("_row_grid", "_quantize", "_running_counts", "_merge", "_rank", "table", "outline", "refine", "walk"),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_deaths", "_links", "_follow_inside", "_follow", "_place", "_newest", "_fill"),
 }
@@ -67,7 +67,8 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(capability: int, monkeypa
     monkeypatch.setattr(JITFunction, "__getitem__", launcher)
     monkeypatch.setattr(torch, "empty", torch.zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
-    for size in (70, 5000):
+    # Refinements by 16, and by 4 and 8.
+    for size in (70, 3000, 5000):
         for segments in (None, torch.zeros(2, size, dtype=torch.long)):
             u = torch.randn(2, size)
             _, lived = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
