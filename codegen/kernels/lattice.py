@@ -136,30 +136,26 @@ def outline(
 
 
 @triton.jit
+def _earlier(time, weight, moment, t):
+    """What events [BLOCK, FACTOR] bring into the prefixes of t times [T]: [T, BLOCK, FACTOR]."""
+    earlier = time[None, :, :] < t[:, None, None]
+    return tl.where(earlier, weight[None, :, :], 0), tl.where(earlier, moment[None, :, :], 0)
+
+
+@triton.jit
 def _parts_reached(
-    p_code, p_edge, p_counts, p_start, p_end, p_unit, row, bucket, t, top_weight, top_moment,
-    times, events, budget, size,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    p_edge, p_counts, p_start, p_end, p_unit, row, bucket, t, weight, moment, top_weight, top_moment,
+    times, events, budget, size, COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Which of a bucket's parts the prefixes of t times [T] reach, and their sums at each part's top [T, FACTOR].
 
     A prefix that does not reach beyond the bucket's first position gets -1, one that reaches beyond its last FACTOR.
-    ``top_weight`` and ``top_moment`` are the sums at the top of the bucket.
+    ``weight`` and ``moment`` [T, FACTOR] are the sums inside the parts, ``top_weight`` and ``top_moment`` [T] those
+    before the end of the bucket.
     """
-    part = bucket * FACTOR + tl.arange(0, FACTOR)
-    weight = tl.zeros([t.shape[0], FACTOR], tl.int32)
-    moment = tl.zeros([t.shape[0], FACTOR], tl.int64)
-    for first in range(0, size, BLOCK):
-        o_event = first + tl.arange(0, BLOCK)
-        position = part[None, :] * size + o_event[:, None]  # [BLOCK, FACTOR]
-        m_event = (o_event < size)[:, None] & (position < events)
-        time, w, m, _ = load_events(p_code, p_edge, row * events + position, m_event, COUNT)
-        earlier = time[None, :, :] < t[:, None, None]  # [T, BLOCK, FACTOR]
-        weight += tl.sum(tl.where(earlier, w[None, :, :], 0), 1)
-        moment += tl.sum(tl.where(earlier, m[None, :, :], 0), 1)
     upto_weight = (top_weight - tl.sum(weight, 1))[:, None] + tl.cumsum(weight, 1)
     upto_moment = (top_moment - tl.sum(moment, 1))[:, None] + tl.cumsum(moment, 1)
-    x = part * size
+    x = (bucket * FACTOR + tl.arange(0, FACTOR)) * size
     top = (bucket + 1) * FACTOR * size
     edge = tl.zeros([FACTOR], tl.int64)
     top_edge = tl.zeros([], tl.int64)
@@ -182,7 +178,7 @@ def refine(
     p_code, p_edge, p_value, p_plus, p_minus, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
     times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The cells inside one cell of a lattice FACTOR times as coarse in both directions."""
     cell = tl.program_id(0)
@@ -190,39 +186,55 @@ def refine(
     if column >= 0:
         row = cell.to(tl.int64) // coarse_cells
         coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
-        part = column * FACTOR + tl.arange(0, FACTOR)
+        inner = tl.arange(0, FACTOR)
+        part = column * FACTOR + inner
+        t = tl.minimum(part * chunk, times)
+        last_t = tl.minimum((column + 1) * FACTOR * chunk, times) + tl.arange(0, 1)
         # Keys without weight stand at the list's end, which a lattice may go beyond.
         top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
-        # What the keys of each part of the chunk bring in below the cell's top.
-        weight = tl.zeros([FACTOR], tl.int32)
-        moment = tl.zeros([FACTOR], tl.int64)
-        for first in range(0, chunk, BLOCK):
-            o_key = first + tl.arange(0, BLOCK)
-            key = part[None, :] * chunk + o_key[:, None]  # [BLOCK, FACTOR]
-            m_key = (o_key < chunk)[:, None] & (key < times)
-            w, m = own_events(p_value, p_plus, p_minus, p_unit, row, key, m_key, top, times, COUNT)
-            weight += tl.sum(w, 0)
-            moment += tl.sum(m, 0)
+        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
+        # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's.
+        weight = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32)
+        moment = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int64)
+        last_weight = tl.zeros([1, BLOCK, FACTOR], tl.int32)
+        last_moment = tl.zeros([1, BLOCK, FACTOR], tl.int64)
+        own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
+        own_moment = tl.zeros([BLOCK, FACTOR], tl.int64)
+        for first in tl.range(0, tl.maximum(bucket, chunk), BLOCK, loop_unroll_factor=UNROLL):
+            inside = first + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
+            o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
+            m_event = (inside < bucket) & (o_event < events)
+            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
+            key = part[None, :] * chunk + inside
+            m_key = (inside < chunk) & (key < times)
+            own_w, own_m = own_events(p_value, p_plus, p_minus, p_unit, row, key, m_key, top, times, COUNT)
+            own_weight += own_w
+            own_moment += own_m
+            earlier_weight, earlier_moment = _earlier(time, w, m, t)
+            weight += earlier_weight
+            moment += earlier_moment
+            earlier_weight, earlier_moment = _earlier(time, w, m, last_t)
+            last_weight += earlier_weight
+            last_moment += earlier_moment
         first_weight, first_moment = tl.load(p_weight + cell), tl.load(p_moment + cell)
+        own_w, own_m = tl.sum(own_weight, 0), tl.sum(own_moment, 0)
         highest, upto_weight, upto_moment = _parts_reached(
-            p_code, p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, tl.minimum(part * chunk, times),
-            first_weight + tl.cumsum(weight, 0) - weight, first_moment + tl.cumsum(moment, 0) - moment,
-            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR, BLOCK,
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, t, tl.sum(weight, 1), tl.sum(moment, 1),
+            first_weight + tl.cumsum(own_w, 0) - own_w, first_moment + tl.cumsum(own_m, 0) - own_m,
+            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
-        one = tl.arange(0, 1)
+        zero = tl.zeros([1], tl.int32)
         last, _, _ = _parts_reached(
-            p_code, p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket,
-            tl.minimum((column + 1) * FACTOR * chunk, times) + one,
-            first_weight + tl.sum(weight, 0) + one, first_moment + tl.sum(moment, 0) + one,
-            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR, BLOCK,
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, last_t,
+            tl.sum(last_weight, 1), tl.sum(last_moment, 1),
+            first_weight + tl.sum(own_w, 0) + zero, first_moment + tl.sum(own_m, 0) + zero,
+            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
         # A column ends where the next one begins.
-        other = column * FACTOR + tl.arange(0, FACTOR)
-        following = tl.where(other[None, :] == part[:, None] + 1, highest[None, :], 0)
-        lowest = tl.sum(following, 1) + tl.where(part == column * FACTOR + FACTOR - 1, last, 0)
-        inner = tl.arange(0, FACTOR)[None, :]
-        here = (inner <= highest[:, None]) & (inner >= lowest[:, None]) & (part < n_chunks)[:, None]  # [FACTOR, FACTOR]
-        number = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)
+        following = tl.sum(tl.where(inner[None, :] == inner[:, None] + 1, highest[None, :], 0), 1)
+        lowest = tl.where(inner == FACTOR - 1, last, following)
+        here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None]) & (part < n_chunks)[:, None]
+        number = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)[None, :]  # [FACTOR, FACTOR]
         target = row * (n_chunks + n_buckets - 1) + number
         tl.store(p_new_column + target, tl.zeros_like(number) + part[:, None], mask=here)
         tl.store(p_new_weight + target, upto_weight, mask=here)

@@ -41,8 +41,8 @@ _PREFIXES = 16
 # Times and positions of the finest lattice's cells, at least and at most, and how many walkers keep a device busy.
 _SMALLEST, _LARGEST, _WALKERS = 16, 128, 1 << 15
 _MOST_BITS = 4
-# About how many programs the table has, and events that a refinement takes at once.
-_PROGRAMS, _TILE = 4096, 256
+# About how many programs the table has, and how many warps a refinement where its cells allow.
+_PROGRAMS, _WARPS = 1024, 8192
 # Walkers of one program, and their steps before it looks whether all have arrived.
 _LANES, _STEPS = 32, 4
 
@@ -123,9 +123,13 @@ def crossings(
         chunk, bucket = chunk // factor, bucket // factor
         n_chunks, n_buckets = triton.cdiv(times, chunk), triton.cdiv(size, bucket)
         finer = _level(rows, n_chunks + n_buckets - 1, events.code.device)
-        refine[(cells.column.numel(),)](
+        programs = cells.column.numel()
+        warps = max(1, min(8, triton.next_power_of_2(triton.cdiv(_WARPS, programs)), factor * bucket // 32))
+        # An event of each part of a cell for every so many lanes: a lane takes one at a time.
+        block = max(2, 32 * warps // factor)
+        refine[(programs,)](
             *events, *shared, *cells, *finer, times, size, budget, *coarse, chunk, bucket, n_chunks, n_buckets,
-            **flags, FACTOR=factor, BLOCK=max(16, min(bucket, _TILE // factor)),
+            **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, triton.cdiv(bucket, block)), num_warps=warps,
         )  # fmt: skip
         cells = finer
     result = Crossings(*(torch.empty(rows, times, dtype=x.dtype, device=x.device) for x in cells))
