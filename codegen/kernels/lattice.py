@@ -48,15 +48,16 @@ def is_within(x, weight, moment, edge, low, high, room, COUNT: tl.constexpr):
 
 
 @triton.jit
-def own_events(p_value, p_plus, p_minus, p_unit, row, key, m_key, x, times, COUNT: tl.constexpr):
+def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.constexpr):
     """Weight and moment that the events of keys before position x bring in; no load waits for another."""
     at = row * times + key
-    plus = tl.load(p_plus + at, mask=m_key, other=2147483647) < x
+    place = tl.load(p_place + at, mask=m_key, other=0)
+    plus = m_key & (place.to(tl.int32) < x)
     if COUNT:
         weight = tl.zeros_like(key)
         moment = plus.to(tl.int64)
     else:
-        minus = tl.load(p_minus + at, mask=m_key, other=2147483647) < x
+        minus = m_key & ((place >> 32).to(tl.int32) < x)
         value = tl.load(p_value + at, mask=m_key, other=0)
         weight = plus.to(tl.int32) - minus.to(tl.int32)
         moment = tl.where(minus, tl.load(p_unit + row), tl.where(plus, value, 0))
@@ -175,7 +176,7 @@ def _parts_reached(
 
 @triton.jit
 def refine(
-    p_code, p_edge, p_value, p_plus, p_minus, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
     times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
@@ -207,7 +208,7 @@ def refine(
             time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
             key = part[None, :] * chunk + inside
             m_key = (inside < chunk) & (key < times)
-            own_w, own_m = own_events(p_value, p_plus, p_minus, p_unit, row, key, m_key, top, times, COUNT)
+            own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
             own_weight += own_w
             own_moment += own_m
             earlier_weight, earlier_moment = _earlier(time, w, m, t)

@@ -112,8 +112,8 @@ def crossings(
     one past its last, [R, S] int32 both. A count takes every weight as 1, and g as the number of events before.
     """
     rows, size = events.code.shape
-    start, end = segments if segments is not None else (events.plus, events.plus)
-    shared = (counts if counts is not None else events.plus, start, end, unit if unit is not None else events.edge)
+    start, end = segments if segments is not None else (events.place, events.place)
+    shared = (counts if counts is not None else events.place, start, end, unit if unit is not None else events.edge)
     flags = {"COUNT": unit is None, "SEGMENTS": segments is not None}
     shape = lattices_for(rows, times, size)
     chunk, bucket = shape.chunk, shape.bucket

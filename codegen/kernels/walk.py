@@ -10,7 +10,7 @@ from flexsparse.codegen.kernels.lattice import is_within, limits, own_events
 
 @triton.jit
 def walk(
-    p_code, p_edge, p_value, p_plus, p_minus, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
     p_corner_moment, p_reach, p_weight, p_moment,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
@@ -31,7 +31,7 @@ def walk(
     stop = tl.minimum((column + 1) * chunk, times)
     weight = tl.load(p_corner_weight + cell, mask=active, other=0)
     moment = tl.load(p_corner_moment + cell, mask=active, other=0)
-    w, m = own_events(p_value, p_plus, p_minus, p_unit, row, column * chunk, active, top, times, COUNT)
+    w, m = own_events(p_value, p_place, p_unit, row, column * chunk, active, top, times, COUNT)
     weight += w
     moment += m
     t = column * chunk + 1
@@ -49,12 +49,11 @@ def walk(
     # waits for memory once, for what the last one made necessary.
     code = tl.full([LANES], -1, tl.int32)
     edge = tl.zeros([LANES], tl.int64)
-    minus, value = code, edge
+    value = edge
     m_key = active & (t < stop)
-    plus = tl.load(p_plus + row * times + t, mask=m_key, other=0)
+    place = tl.load(p_place + row * times + t, mask=m_key, other=0)
     if not COUNT:
         edge = tl.load(p_edge + row * events + top, mask=active & (top < events), other=0)
-        minus = tl.load(p_minus + row * times + t, mask=m_key, other=0)
         value = tl.load(p_value + row * times + t, mask=m_key, other=0)
         unit = tl.load(p_unit + row, mask=active, other=0)
     while tl.max(active.to(tl.int32), 0) > 0:
@@ -81,11 +80,11 @@ def walk(
             # The next prefix takes the key at its end in.
             on = here & (t < stop)
             inside = tl.minimum(x, top)
-            plus_in = plus < inside
+            plus_in = place.to(tl.int32) < inside
             if COUNT:
                 moment += (on & plus_in).to(tl.int64)
             else:
-                minus_in = minus < inside
+                minus_in = (place >> 32).to(tl.int32) < inside
                 weight = tl.where(on, weight + plus_in.to(tl.int32) - minus_in.to(tl.int32), weight)
                 moment += tl.where(on, tl.where(minus_in, unit, tl.where(plus_in, value, 0)), 0)
             t = tl.where(here, t + 1, t)
@@ -94,10 +93,9 @@ def walk(
             m_key = active & here & (t < stop)
             o_event = row * events + x - 1
             code = tl.load(p_code + o_event, mask=m_event, other=code)
-            plus = tl.load(p_plus + row * times + t, mask=m_key, other=plus)
+            place = tl.load(p_place + row * times + t, mask=m_key, other=place)
             if not COUNT:
                 edge = tl.load(p_edge + o_event, mask=m_event, other=edge)
-                minus = tl.load(p_minus + row * times + t, mask=m_key, other=minus)
                 value = tl.load(p_value + row * times + t, mask=m_key, other=value)
             if changing:
                 new_low, new_high, new_room = limits(
