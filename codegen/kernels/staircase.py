@@ -25,7 +25,8 @@ own segment's stretch.
 
 from __future__ import annotations
 
-import math
+import itertools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ _PREFIXES = 16
 _SMALLEST, _LARGEST, _WALKERS = 16, 128, 1 << 15
 _MOST_BITS = 4
 # About how many programs the table has, and how many warps a refinement where its cells allow.
-_PROGRAMS, _WARPS = 1024, 8192
+_PROGRAMS, _WARPS = 1024, 4096
 # Walkers of one program, and their steps before it looks whether all have arrived.
 _LANES, _STEPS = 32, 4
 
@@ -55,11 +56,6 @@ class Lattices(NamedTuple):
     factors: tuple[int, ...]
     slice: int
 
-    @property
-    def finest(self) -> int:
-        """By how much the last lattice is finer than the first."""
-        return math.prod(self.factors)
-
 
 class Crossings(NamedTuple):
     """For the prefix of t times, at [r, t - 1]: the number of positions, and the sums over the events before."""
@@ -69,12 +65,24 @@ class Crossings(NamedTuple):
     moment: Tensor  # [R, S] int64
 
 
-class _Level(NamedTuple):
-    """The cells of one lattice, at their numbers [R, chunks + buckets - 1]."""
+class Level(NamedTuple):
+    """One lattice, and its cells at their numbers [R, chunks + buckets - 1]."""
 
+    chunk: int
+    bucket: int
+    n_chunks: int
+    n_buckets: int
     column: Tensor  # int32, -1 behind the path's end
     weight: Tensor  # int32
     moment: Tensor  # int64
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self[:4]
+
+    @property
+    def cells(self) -> tuple[Tensor, ...]:
+        return self[4:]
 
 
 def lattices_for(rows: int, times: int, size: int) -> Lattices:
@@ -115,55 +123,59 @@ def crossings(
     start, end = segments if segments is not None else (events.place, events.place)
     shared = (counts if counts is not None else events.place, start, end, unit if unit is not None else events.edge)
     flags = {"COUNT": unit is None, "SEGMENTS": segments is not None}
-    shape = lattices_for(rows, times, size)
-    chunk, bucket = shape.chunk, shape.bucket
-    cells = _outline(events, shared, flags, shape, times, budget)
-    for factor in shape.factors:
-        coarse = (triton.cdiv(size, bucket), cells.column.shape[1])
-        chunk, bucket = chunk // factor, bucket // factor
-        n_chunks, n_buckets = triton.cdiv(times, chunk), triton.cdiv(size, bucket)
-        finer = _level(rows, n_chunks + n_buckets - 1, events.code.device)
-        programs = cells.column.numel()
-        warps = max(1, min(8, triton.next_power_of_2(triton.cdiv(_WARPS, programs)), factor * bucket // 32))
-        # An event of each part of a cell for every so many lanes: a lane takes one at a time.
+    lattices = lattices_for(rows, times, size)
+    levels = _levels(rows, times, size, lattices, events.code.device)
+    coarse, finest = levels[0], levels[-1]
+    _outline(events, shared, flags, coarse, lattices.slice, times, budget)
+    for factor, fine in zip(lattices.factors, levels[1:], strict=True):
+        programs = coarse.column.numel()
+        warps = max(1, min(8, triton.next_power_of_2(triton.cdiv(_WARPS, programs)), factor * fine.bucket // 32))
+        # A lane takes one event of one part of a cell at a time.
         block = max(2, 32 * warps // factor)
         refine[(programs,)](
-            *events, *shared, *cells, *finer, times, size, budget, *coarse, chunk, bucket, n_chunks, n_buckets,
-            **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, triton.cdiv(bucket, block)), num_warps=warps,
+            *events, *shared, *coarse.cells, *fine.cells,
+            times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine.sizes,
+            **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, triton.cdiv(fine.bucket, block)), num_warps=warps,
         )  # fmt: skip
-        cells = finer
-    result = Crossings(*(torch.empty(rows, times, dtype=x.dtype, device=x.device) for x in cells))
-    n_all = cells.column.numel()
+        coarse = fine
+    result = Crossings(*(torch.empty(rows, times, dtype=x.dtype, device=x.device) for x in finest.cells))
+    n_all = finest.column.numel()
     walk[(triton.cdiv(n_all, _LANES),)](
-        *events, *shared, *cells, *result,
-        times, size, budget, chunk, bucket, triton.cdiv(times, chunk), triton.cdiv(size, bucket), n_all,
+        *events, *shared, *finest.cells, *result, times, size, budget, *finest.sizes, n_all,
         **flags, LANES=_LANES, STEPS=_STEPS, num_warps=1,
     )  # fmt: skip
     return result
 
 
-def _level(rows: int, n_cells: int, device: torch.device) -> _Level:
-    column = torch.full((rows, n_cells), -1, dtype=torch.int32, device=device)
-    return _Level(column, torch.empty_like(column), torch.empty_like(column, dtype=torch.int64))
+def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.device) -> list[Level]:
+    """Room for the cells of all lattices, none of them set; each array begins at a multiple of 128 bytes."""
+    scales = list(itertools.accumulate((1, *lattices.factors), operator.mul))
+    shapes = [(lattices.chunk // scale, lattices.bucket // scale) for scale in scales]
+    numbers = [(triton.cdiv(times, chunk), triton.cdiv(size, bucket)) for chunk, bucket in shapes]
+    lengths = [32 * triton.cdiv(rows * (chunks + buckets - 1), 32) for chunks, buckets in numbers]
+    column = torch.full((sum(lengths),), -1, dtype=torch.int32, device=device)
+    weight, moment = torch.empty_like(column), torch.empty_like(column, dtype=torch.int64)
+    parts = zip(column.split(lengths), weight.split(lengths), moment.split(lengths), strict=True)
+    return [
+        Level(*shape, *number, *(x[: rows * (sum(number) - 1)].view(rows, sum(number) - 1) for x in part))
+        for shape, number, part in zip(shapes, numbers, parts, strict=True)
+    ]
 
 
 def _outline(
-    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], shape: Lattices, times: int, budget: int
-) -> _Level:
-    """The path through the coarsest lattice."""
+    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], coarse: Level, length: int, times: int,
+    budget: int,
+) -> None:  # fmt: skip
+    """The path through the coarsest lattice, from a table over slices of ``length`` positions."""
     rows, size = events.code.shape
-    n_chunks, n_buckets = triton.cdiv(times, shape.chunk), triton.cdiv(size, shape.bucket)
-    n_slices = triton.cdiv(size, shape.slice)
-    cells = _level(rows, n_chunks + n_buckets - 1, events.code.device)
+    n_slices = triton.cdiv(size, length)
     weight = torch.empty(rows, _PREFIXES, n_slices, dtype=torch.int32, device=events.code.device)
     moment = torch.empty_like(weight, dtype=torch.int64)
     table[(rows * n_slices,)](
-        events.code, events.edge, weight, moment, size, shape.chunk, n_slices, shape.slice,
-        COUNT=flags["COUNT"], PREFIXES=_PREFIXES, BLOCK=min(128, shape.slice),
+        events.code, events.edge, weight, moment, size, coarse.chunk, n_slices, length,
+        COUNT=flags["COUNT"], PREFIXES=_PREFIXES, BLOCK=min(128, length),
     )  # fmt: skip
-    outline[(rows * n_chunks,)](
-        events.edge, *shared, weight, moment, *cells,
-        times, size, budget, shape.chunk, shape.bucket, n_chunks, n_buckets, n_slices,
-        **flags, PREFIXES=_PREFIXES, BUCKETS=triton.next_power_of_2(n_buckets), SLICES=shape.bucket // shape.slice,
+    outline[(rows * coarse.n_chunks,)](
+        events.edge, *shared, weight, moment, *coarse.cells, times, size, budget, *coarse.sizes, n_slices,
+        **flags, PREFIXES=_PREFIXES, BUCKETS=triton.next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
     )  # fmt: skip
-    return cells

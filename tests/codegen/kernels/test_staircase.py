@@ -98,13 +98,13 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
     lattices = staircase.Lattices(*shape)
     monkeypatch.setattr(staircase, "lattices_for", lambda *_: lattices)
     levels: list[Any] = []
-    made = staircase._level
+    made = staircase._levels
 
     def kept(*args: Any) -> Any:
-        levels.append(made(*args))
-        return levels[-1]
+        levels.extend(made(*args))
+        return levels
 
-    monkeypatch.setattr(staircase, "_level", kept)
+    monkeypatch.setattr(staircase, "_levels", kept)
     found = staircase.crossings(events, times, budget, segments=bounds, **given)
     size = events.code.shape[1]
     scale = size // times
@@ -123,8 +123,9 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
         assert found.reach[row].tolist() == wanted.reach[1:].tolist()
         assert found.weight[row].tolist() == wanted.weight[t, wanted.reach[1:]].tolist()
         assert found.moment[row].tolist() == wanted.moment[t, wanted.reach[1:]].tolist()
-        chunk, bucket = lattices.chunk, lattices.bucket
-        for level, factor in zip(levels, (*lattices.factors, 1), strict=True):
+        assert len(levels) == 1 + len(lattices.factors)
+        for level in levels:
+            chunk, bucket = level.chunk, level.bucket
             path = cells_of(wanted.reach, times, size, chunk, bucket)
             columns = level.column[row].tolist()
             assert columns == [c for c, _ in path] + [-1] * (len(columns) - len(path))
@@ -132,7 +133,6 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
                 corner = (c * chunk, min((b + 1) * bucket, size))
                 assert int(level.weight[row, at]) == int(wanted.weight[corner])
                 assert int(level.moment[row, at]) == int(wanted.moment[corner])
-            chunk, bucket = chunk // factor, bucket // factor
 
 
 def test_lattices_are_whole_small_enough_and_end_with_enough_cells() -> None:
