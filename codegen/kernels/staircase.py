@@ -16,8 +16,9 @@ ones (``lattice``):
    repeated until there are enough cells, or they are small;
 3. ``walk``: one walker a cell.
 
-A level reads the events and keys of its path alone, a small multiple of S + N of them, and there are O(log S) levels,
-2 for a row of 65,536. So the work is O(S log S) at most for any input, and memory is O(S). All sums are of int64, hence
+A refinement reads the events and keys of its path's cells alone, of which there are (S + N) / C at most with C events
+and C keys each: S + N of either. There are O(log S) refinements: one for 16 rows of 4,096, two for 16 of 65,536, three
+for 8 of a million. So the work is O(S log S) at most for any input, and memory is O(S). All sums are of int64, hence
 exact, every number is written once, and no atomics are used. Packed segments need nothing more than an order in which
 later segments stand first: a prefix that ends in a segment has no event of a later one, and its limit is the end of its
 own segment's stretch.
