@@ -20,8 +20,9 @@ class Events(NamedTuple):
     code: Tensor  # [R, N] int32, by position
     edge: Tensor  # [R, N] int64, by position; the values
     value: Tensor  # [R, S] int64, by time: the value of the event of weight 1
-    plus: Tensor  # [R, S] int32, by time: its position, N for weight 0
-    minus: Tensor  # [R, S] int32, by time: that of the event of weight -1
+    # [R, S] by time: its position, N for weight 0. int32 in a count of keys, else int64, with the position of the event
+    # of weight -1 in the upper half.
+    place: Tensor
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def load_events(p_code, p_edge, o_event, m_event, COUNT: tl.constexpr):
 
 @triton.jit
 def _merge(
-    p_order, p_sorted, p_alive, p_start, p_end, p_unit, p_code, p_edge, p_plus, p_minus, times, steps,
+    p_order, p_sorted, p_alive, p_start, p_end, p_unit, p_code, p_edge, p_place, times, steps,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where each key's two events stand: after the same keys' events above them, found by binary search."""
@@ -79,8 +80,8 @@ def _merge(
     tl.store(p_code + events + minus, tl.where(alive, 2 * key + 1, -1), mask=m_at)
     tl.store(p_edge + events + plus, value, mask=m_at)
     tl.store(p_edge + events + minus, value - unit, mask=m_at)
-    tl.store(p_plus + row * times + key, tl.where(alive, plus, 2 * times), mask=m_at)
-    tl.store(p_minus + row * times + key, tl.where(alive, minus, 2 * times), mask=m_at)
+    plus, minus = tl.where(alive, plus, 2 * times), tl.where(alive, minus, 2 * times)
+    tl.store(p_place + row * times + key, (minus.to(tl.int64) << 32) | plus.to(tl.int64), mask=m_at)
 
 
 def merged_events(
@@ -98,14 +99,14 @@ def merged_events(
         return torch.empty(rows, count, dtype=dtype, device=order.device)
 
     code, edge = made(2 * times, torch.int32), made(2 * times, torch.int64)
-    plus, minus = made(times, torch.int32), made(times, torch.int32)
+    place = made(times, torch.int64)
     start, end = segments if segments is not None else (order, order)
     block = 512
     _merge[(rows, triton.cdiv(times, block))](
-        order, value.gather(1, order), alive, start, end, unit, code, edge, plus, minus, times, times.bit_length(),
+        order, value.gather(1, order), alive, start, end, unit, code, edge, place, times, times.bit_length(),
         SEGMENTS=segments is not None, BLOCK=block,
     )  # fmt: skip
-    return Events(code, edge, value, plus, minus)
+    return Events(code, edge, value, place)
 
 
 @triton.jit
@@ -123,4 +124,4 @@ def counted_events(order: Tensor) -> Events:
     rows, times = order.shape
     code, rank = (torch.empty(rows, times, dtype=torch.int32, device=order.device) for _ in range(2))
     _rank[(rows, triton.cdiv(times, 1024))](order, code, rank, times, BLOCK=1024)
-    return Events(code, order, order, rank, rank)
+    return Events(code, order, order, rank)

@@ -39,7 +39,7 @@ def select(
     if lifetimes:
         counted = counted_events(order)
         found = staircase.crossings(counted, size, budget - 1, segments=bounds)
-        lived = lifetime_kernels.lifetimes(found.reach, counted.plus, grid.alive, grid.counts, budget, after, bounds)
+        lived = lifetime_kernels.lifetimes(found.reach, counted.place, grid.alive, grid.counts, budget, after, bounds)
         found_lifetimes = CausalSelection(*lived)
     return found_thresholds, found_lifetimes
 

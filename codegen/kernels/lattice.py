@@ -1,0 +1,242 @@
+"""Where a staircase passes through a lattice of times and positions, coarse to fine, as Triton kernels.
+
+A lattice has chunks of C times, the prefixes cC < t <= (c + 1)C, and buckets of B positions, bB < x <= (b + 1)B; the
+first bucket holds x = 0 too. Its cells (c, b) that the staircase may pass through are, in every column c, the buckets
+from that of reach(cC) down to that of reach((c + 1)C), where reach(0) is the whole list. From one of them to the next
+it goes a chunk to the right or a bucket down. So the number c + (buckets - 1 - b) grows by one from cell to cell, and a
+cell stands at its number in arrays of chunks + buckets - 1 entries: nothing is counted, sorted or compacted. Of a cell
+are kept its chunk (-1 behind the end of the path; its bucket follows) and the sums at its corner, over the events
+before position (b + 1)B with time < cC.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flexsparse.codegen.kernels.events import load_events
+
+
+@triton.jit
+def limits(p_counts, p_start, p_end, p_unit, row, t, m_t, times, budget, COUNT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """First and last position of the prefix's own segment, and its budget; that of no times reaches everything."""
+    scale: tl.constexpr = 1 if COUNT else 2
+    key = row * times + t - 1
+    m_t = m_t & (t > 0)
+    high = tl.zeros_like(t) + scale * times
+    low = tl.where(t > 0, 0, high)
+    if SEGMENTS:
+        low = tl.where(m_t, scale * (times - tl.load(p_end + key, mask=m_t, other=0).to(tl.int32)), low)
+        high = tl.where(m_t, scale * (times - tl.load(p_start + key, mask=m_t, other=0).to(tl.int32)), high)
+    room = tl.zeros_like(t).to(tl.int64) + budget
+    if not COUNT:
+        spent = tl.load(p_counts + key, mask=m_t, other=0) >> 32
+        if SEGMENTS:
+            start = tl.load(p_start + key, mask=m_t, other=0)
+            spent -= tl.load(p_counts + row * times + start - 1, mask=m_t & (start > 0), other=0) >> 32
+        room = (room - spent) * tl.load(p_unit + row)
+    return low, high, room
+
+
+@triton.jit
+def is_within(x, weight, moment, edge, low, high, room, COUNT: tl.constexpr):
+    """Whether the prefix reaches beyond position x, from the sums over its events before x; never at the list's end."""
+    reached = moment
+    if not COUNT:
+        reached = moment - weight.to(tl.int64) * edge
+    return (x < low) | ((x < high) & (reached <= room))
+
+
+@triton.jit
+def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.constexpr):
+    """Weight and moment that the events of keys before position x bring in; no load waits for another."""
+    at = row * times + key
+    place = tl.load(p_place + at, mask=m_key, other=0)
+    plus = m_key & (place.to(tl.int32) < x)
+    if COUNT:
+        weight = tl.zeros_like(key)
+        moment = plus.to(tl.int64)
+    else:
+        minus = m_key & ((place >> 32).to(tl.int32) < x)
+        value = tl.load(p_value + at, mask=m_key, other=0)
+        weight = plus.to(tl.int32) - minus.to(tl.int32)
+        moment = tl.where(minus, tl.load(p_unit + row), tl.where(plus, value, 0))
+    return weight, moment
+
+
+@triton.jit
+def table(
+    p_code, p_edge, p_weight, p_moment, events, chunk, n_slices, size,
+    COUNT: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the events of one slice of positions, for the prefix of each chunk and those before it."""
+    row, part = tl.program_id(0).to(tl.int64) // n_slices, tl.program_id(0) % n_slices
+    prefix = tl.arange(0, PREFIXES)
+    stop = (prefix + 1) * chunk
+    # Each lane adds up its own events for all prefixes; the lanes meet once, at the end.
+    weight = tl.zeros([PREFIXES, BLOCK], tl.int32)
+    moment = tl.zeros([PREFIXES, BLOCK], tl.int64)
+    for first in range(0, size, BLOCK):
+        o_event = part * size + first + tl.arange(0, BLOCK)
+        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
+        earlier = time[None, :] < stop[:, None]
+        weight += tl.where(earlier, w[None, :], 0)
+        moment += tl.where(earlier, m[None, :], 0)
+    target = (row * PREFIXES + prefix) * n_slices + part
+    tl.store(p_weight + target, tl.sum(weight, 1))
+    tl.store(p_moment + target, tl.sum(moment, 1))
+
+
+@triton.jit
+def _bucket_reached(
+    p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
+    times, events, budget, chunk, bucket, n_slices,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """The bucket that the prefix before a column reaches, and its sums up to the top of every bucket."""
+    number = tl.arange(0, BUCKETS)
+    part = number[:, None] * SLICES + tl.arange(0, SLICES)[None, :]
+    entry = (row * PREFIXES + column - 1) * n_slices + part
+    # The prefix of no times has no entry.
+    m_entry = part < tl.where(column > 0, n_slices, 0)
+    weight = tl.sum(tl.load(p_weight + entry, mask=m_entry, other=0), 1)
+    moment = tl.sum(tl.load(p_moment + entry, mask=m_entry, other=0), 1)
+    upto_weight, upto_moment = tl.cumsum(weight, 0), tl.cumsum(moment, 0)
+    x = number * bucket
+    edge = tl.zeros([BUCKETS], tl.int64)
+    if not COUNT:
+        edge = tl.load(p_edge + row * events + x, mask=x < events, other=0)
+    t = tl.minimum(column * chunk, times) + tl.arange(0, 1)
+    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, budget, COUNT, SEGMENTS)
+    beyond = is_within(x, upto_weight - weight, upto_moment - moment, edge, low, high, room, COUNT)
+    return tl.maximum(tl.sum(beyond.to(tl.int32), 0) - 1, 0), upto_weight, upto_moment
+
+
+@triton.jit
+def outline(
+    p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_column, p_corner_weight, p_corner_moment,
+    times, events, budget, chunk, bucket, n_chunks, n_buckets, n_slices,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """The cells of one column of the coarsest lattice, from the table."""
+    row, column = tl.program_id(0).to(tl.int64) // n_chunks, tl.program_id(0) % n_chunks
+    highest, upto_weight, upto_moment = _bucket_reached(
+        p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
+        times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
+    )  # fmt: skip
+    lowest, _, _ = _bucket_reached(
+        p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column + 1,
+        times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
+    )  # fmt: skip
+    number = tl.arange(0, BUCKETS)
+    here = (number <= highest) & (number >= lowest)
+    target = row * (n_chunks + n_buckets - 1) + column + n_buckets - 1 - number
+    tl.store(p_column + target, tl.zeros_like(number) + column, mask=here)
+    tl.store(p_corner_weight + target, upto_weight, mask=here)
+    tl.store(p_corner_moment + target, upto_moment, mask=here)
+
+
+@triton.jit
+def _earlier(time, weight, moment, t):
+    """What events [BLOCK, FACTOR] bring into the prefixes of t times [T]: [T, BLOCK, FACTOR]."""
+    earlier = time[None, :, :] < t[:, None, None]
+    return tl.where(earlier, weight[None, :, :], 0), tl.where(earlier, moment[None, :, :], 0)
+
+
+@triton.jit
+def _parts_reached(
+    p_edge, p_counts, p_start, p_end, p_unit, row, bucket, t, weight, moment, top_weight, top_moment,
+    times, events, budget, size, COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Which of a bucket's parts the prefixes of t times [T] reach, and their sums at each part's top [T, FACTOR].
+
+    A prefix that does not reach beyond the bucket's first position gets -1, one that reaches beyond its last FACTOR.
+    ``weight`` and ``moment`` [T, FACTOR] are the sums inside the parts, ``top_weight`` and ``top_moment`` [T] those
+    before the end of the bucket.
+    """
+    upto_weight = (top_weight - tl.sum(weight, 1))[:, None] + tl.cumsum(weight, 1)
+    upto_moment = (top_moment - tl.sum(moment, 1))[:, None] + tl.cumsum(moment, 1)
+    x = (bucket * FACTOR + tl.arange(0, FACTOR)) * size
+    top = (bucket + 1) * FACTOR * size
+    edge = tl.zeros([FACTOR], tl.int64)
+    top_edge = tl.zeros([], tl.int64)
+    if not COUNT:
+        edge = tl.load(p_edge + row * events + x, mask=x < events, other=0)
+        top_edge = tl.load(p_edge + row * events + top, mask=top < events, other=0)
+    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, budget, COUNT, SEGMENTS)
+    beyond = is_within(
+        x[None, :], upto_weight - weight, upto_moment - moment, edge[None, :], low[:, None], high[:, None],
+        room[:, None], COUNT,
+    )  # fmt: skip
+    above = is_within(top, top_weight, top_moment, top_edge, low, high, room, COUNT)
+    reached = tl.sum(beyond.to(tl.int32), 1) + above.to(tl.int32) - 1
+    # Position 0 belongs to the first bucket.
+    return tl.where(bucket == 0, tl.maximum(reached, 0), reached), upto_weight, upto_moment
+
+
+@triton.jit
+def refine(
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
+    p_new_column, p_new_weight, p_new_moment,
+    times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The cells inside one cell of a lattice FACTOR times as coarse in both directions."""
+    cell = tl.program_id(0)
+    column = tl.load(p_column + cell)
+    if column >= 0:
+        row = cell.to(tl.int64) // coarse_cells
+        coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
+        inner = tl.arange(0, FACTOR)
+        part = column * FACTOR + inner
+        t = tl.minimum(part * chunk, times)
+        last_t = tl.minimum((column + 1) * FACTOR * chunk, times) + tl.arange(0, 1)
+        # Keys without weight stand at the list's end, which a lattice may go beyond.
+        top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
+        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
+        # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's.
+        weight = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32)
+        moment = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int64)
+        last_weight = tl.zeros([1, BLOCK, FACTOR], tl.int32)
+        last_moment = tl.zeros([1, BLOCK, FACTOR], tl.int64)
+        own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
+        own_moment = tl.zeros([BLOCK, FACTOR], tl.int64)
+        for first in tl.range(0, tl.maximum(bucket, chunk), BLOCK, loop_unroll_factor=UNROLL):
+            inside = first + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
+            o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
+            m_event = (inside < bucket) & (o_event < events)
+            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
+            key = part[None, :] * chunk + inside
+            m_key = (inside < chunk) & (key < times)
+            own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
+            own_weight += own_w
+            own_moment += own_m
+            earlier_weight, earlier_moment = _earlier(time, w, m, t)
+            weight += earlier_weight
+            moment += earlier_moment
+            earlier_weight, earlier_moment = _earlier(time, w, m, last_t)
+            last_weight += earlier_weight
+            last_moment += earlier_moment
+        first_weight, first_moment = tl.load(p_weight + cell), tl.load(p_moment + cell)
+        own_w, own_m = tl.sum(own_weight, 0), tl.sum(own_moment, 0)
+        highest, upto_weight, upto_moment = _parts_reached(
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, t, tl.sum(weight, 1), tl.sum(moment, 1),
+            first_weight + tl.cumsum(own_w, 0) - own_w, first_moment + tl.cumsum(own_m, 0) - own_m,
+            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
+        )  # fmt: skip
+        zero = tl.zeros([1], tl.int32)
+        last, _, _ = _parts_reached(
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, last_t,
+            tl.sum(last_weight, 1), tl.sum(last_moment, 1),
+            first_weight + tl.sum(own_w, 0) + zero, first_moment + tl.sum(own_m, 0) + zero,
+            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
+        )  # fmt: skip
+        # A column ends where the next one begins.
+        following = tl.sum(tl.where(inner[None, :] == inner[:, None] + 1, highest[None, :], 0), 1)
+        lowest = tl.where(inner == FACTOR - 1, last, following)
+        here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None]) & (part < n_chunks)[:, None]
+        number = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)[None, :]  # [FACTOR, FACTOR]
+        target = row * (n_chunks + n_buckets - 1) + number
+        tl.store(p_new_column + target, tl.zeros_like(number) + part[:, None], mask=here)
+        tl.store(p_new_weight + target, upto_weight, mask=here)
+        tl.store(p_new_moment + target, upto_moment, mask=here)
