@@ -25,7 +25,6 @@ from flexsparse.ir.nodes import (
     SIZE_SYMBOLS,
     Apply,
     Constant,
-    Load,
     Node,
     Symbol,
     walk,
@@ -65,7 +64,7 @@ class Generated:
 
 def selection_arguments(program: Program, number: int) -> tuple[str, ...]:
     """The names under which ``build`` takes what belongs to one selection."""
-    used = [n for e in program.expressions.values() for n in walk(e) if isinstance(n, Gate) and n.number == number]
+    used = [gate for gate in program.gates if gate.number == number]
     names = [f"birth_{number}", f"death_{number}", f"group_{number}"]
     if used:
         names += [f"u_{number}", f"tau_{number}", f"least_{number}"]
@@ -126,8 +125,7 @@ def opaque_functions(program: Program) -> dict[str, Callable[..., Any]]:
 
 
 def _is_loaded(program: Program, name: str) -> bool:
-    nodes = (n for e in program.expressions.values() for n in walk(e))
-    return any(isinstance(n, Load) and n.tensor.name == name for n in nodes)
+    return any(name in names for names in program.loaded.values())
 
 
 def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bool) -> str:

@@ -23,7 +23,7 @@ from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
-from flexsparse.plan import Plan, learnable_names
+from flexsparse.plan import Plan
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
 from flexsparse.runtime.completion import completed, is_carried
@@ -326,7 +326,7 @@ class CompiledAttention:
         shapes = work.shapes
         source = gathered_source(self.ir, str(self._expression))
         out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands)
-        learned = set(learnable_names(self.ir)) - self.ir.sink_only
+        learned = set(self.ir.learnable) - self.ir.sink_only
         recomputed = tuple(name in learned or self._is_recomputed(name, shapes.dtype) for name in work.names)
         if is_carried(tensors, recomputed):
             # The chunked path reads the tiles of the whole mask, and not of what is near alone.
@@ -339,7 +339,7 @@ class CompiledAttention:
         if name in self.ir.sink_only:
             # A sink's gradient is a plain sum, over the rounding of lse for all queries; float32 shows it.
             return deterministic is not False and dtype is torch.float32
-        return deterministic is not False and (deterministic is True or name in learnable_names(self.ir))
+        return deterministic is not False and (deterministic is True or name in self.ir.learnable)
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from flexsparse.runtime.inputs import Shapes, check_captured
 from flexsparse.runtime.tile_cache import TileCache
 from flexsparse.settings import CHUNK, Settings
 
+# Plans that a pattern keeps, one for each set of shapes.
+_PLANS = 64
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -31,6 +34,23 @@ class Compiled:
 
     program: Program
     generated: Generated
+    # The last plan for shapes and settings, and the tiles that it was made for.
+    plans: dict[tuple[Shapes, Settings], tuple[Tiles, Plan]] = field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def near(self) -> Program:
+        """The program with the mask of what it allows whatever is selected."""
+        return replace(self.program, mask=near_mask(self.program))
+
+    def plan(self, shapes: Shapes, settings: Settings, tiles: Tiles) -> Plan:
+        """The plan of a call; made anew where its tiles are."""
+        known = self.plans.get((shapes, settings))
+        if known is None or known[0] is not tiles:
+            if len(self.plans) >= _PLANS:
+                self.plans.clear()
+            known = (tiles, make_plan(self.program, shapes, settings, tiles))
+            self.plans[shapes, settings] = known
+        return known[1]
 
 
 @dataclass(frozen=True)
@@ -68,24 +88,23 @@ def bind_call(
     buffers = make_buffers(program, shapes, captured, operands)
     if validate:
         refuse_outside(program, shapes, buffers)
-    read, block = _tiled(program, shapes, settings)
+    read, block = _tiled(compiled, shapes, settings)
     tiles = classify_tiles(read, shapes, block, buffers)
-    plan = make_plan(program, shapes, settings, tiles)
-    return Bound(buffers, tiles, plan)
+    return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles))
 
 
-def _tiled(program: Program, shapes: Shapes, settings: Settings) -> tuple[Program, Settings]:
+def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> tuple[Program, Settings]:
     """The program whose tiles the chosen backend reads, and their size: what is gathered is not in tiles."""
-    if choose(program, shapes, settings)[0] != "gather":
-        return program, settings
-    return replace(program, mask=near_mask(program)), replace(settings, block_size=CHUNK)
+    if choose(compiled.program, shapes, settings)[0] != "gather":
+        return compiled.program, settings
+    return compiled.near, replace(settings, block_size=CHUNK)
 
 
 def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
     program = compiled.program
     tiles = None
-    read, block = _tiled(program, shapes, settings)
+    read, block = _tiled(compiled, shapes, settings)
     if not reads_tensors(read.mask):
         # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
         tiles = classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {})

@@ -9,8 +9,8 @@ from flexsparse import _torch
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
 from flexsparse.errors import BackendError, DeviceError
-from flexsparse.ir.nodes import Constant, Load, walk
-from flexsparse.ir.program import Gate, Program
+from flexsparse.ir.nodes import Constant
+from flexsparse.ir.program import Program
 from flexsparse.ir.text import function_name
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK, Settings
@@ -174,7 +174,7 @@ def _flex(program: Program, shapes: Shapes) -> Verdict:
         return Verdict(False, f"torch {_torch.VERSION} takes power-of-two head_dim only, not {shapes.head_dim}.")
     if device == "cuda" and min(shapes.head_dim, shapes.value_dim) < 16:
         return Verdict(False, f"FlexAttention takes head_dim of at least 16, not {shapes.head_dim}.")
-    if shapes.needs_grad and _gates(program) and not _torch.HAS_CAPTURED_GRADIENTS:
+    if shapes.needs_grad and program.gates and not _torch.HAS_CAPTURED_GRADIENTS:
         return Verdict(False, f"Gradients of the scores need torch 2.6; this is {_torch.VERSION}.")
     if device == "cpu":
         return Verdict(True, "Runs here for inference; needs a C++ compiler and 10 s or more to build a kernel.")
@@ -196,16 +196,6 @@ def _reference(program: Program, shapes: Shapes) -> Verdict:
 _VERDICTS = {"gather": _gather, "flex": _flex, "flex_eager": _flex_eager, "chunked": _chunked, "reference": _reference}
 
 
-def _gates(program: Program) -> bool:
-    return any(isinstance(n, Gate) for e in program.expressions.values() for n in walk(e))
-
-
-def learnable_names(program: Program) -> tuple[str, ...]:
-    """The captured tensors that receive gradients."""
-    loads = {n.tensor.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Load)}
-    return tuple(spec.name for spec in program.tensors if spec.learnable and spec.name in loads)
-
-
 def _notes(
     program: Program, shapes: Shapes, settings: Settings, chosen: str, gated: bool, distinct_heads: int
 ) -> tuple[str, ...]:
@@ -225,13 +215,13 @@ def _notes(
             )
         )
     if chosen == "flex" and shapes.needs_grad:
-        recomputed = [name for name in learnable_names(program) if name not in program.sink_only]
+        recomputed = [name for name in program.learnable if name not in program.sink_only]
         if recomputed and settings.deterministic is not False:
             notes.append(
                 f"Gradients of {', '.join(recomputed)}: recomputed without atomics, bit-identical "
                 "between runs; deterministic=False is faster."
             )
-        if _gates(program) and settings.deterministic is not True:
+        if program.gates and settings.deterministic is not True:
             notes.append("Gradients of the scores: FlexAttention's atomics, so the last bits may differ between runs.")
     for leaf in program.opaque:
         notes.append(

@@ -12,7 +12,6 @@ from flexsparse.analysis.tiles import index_errors
 from flexsparse.compiler import CompiledAttention
 from flexsparse.ir.nodes import Kind, Node, PerHead, TensorSpec, walk
 from flexsparse.ir.program import Program, table_name
-from flexsparse.plan import learnable_names
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.tolerance import Call
 
@@ -98,7 +97,7 @@ def example_operands(shapes: Shapes, seed: int) -> tuple[Tensor, Tensor]:
 
 def learned_names(program: Program) -> tuple[str, ...]:
     """The scores of selections and the learnable tensors: what receives gradients beside the operands."""
-    return (*sorted({s.scores for s in program.selections}), *learnable_names(program))
+    return (*sorted({s.scores for s in program.selections}), *program.learnable)
 
 
 def _boundaries(length: int, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ class Program:
     idle: tuple[str, ...] = ()
     sink: Node = NO_SINK
 
-    @property
+    @functools.cached_property
     def expressions(self) -> dict[str, Node]:
         """Every expression by name; the sink only where there is one."""
         names = ("mask", "score", "gate_k", "gate_v", "gate_logit", *(("sink",) if self.has_sink else ()))
@@ -102,19 +103,38 @@ class Program:
         """Whether a logit without a key takes part in the softmax."""
         return self.sink != NO_SINK
 
-    @property
+    @functools.cached_property
+    def loaded(self) -> dict[str, frozenset[str]]:
+        """The captured tensors that each expression reads."""
+        return {
+            name: frozenset(n.tensor.name for n in walk(e) if isinstance(n, Load))
+            for name, e in self.expressions.items()
+        }
+
+    @functools.cached_property
     def sink_only(self) -> frozenset[str]:
         """The captured tensors that nothing but the sink reads: the attention itself owes them no gradient."""
-        loads = {name: {n.tensor.name for n in walk(e) if isinstance(n, Load)} for name, e in self.expressions.items()}
-        return frozenset(loads.pop("sink", set()).difference(*loads.values()))
+        others = (names for name, names in self.loaded.items() if name != "sink")
+        return self.loaded.get("sink", frozenset()).difference(*others)
 
-    @property
+    @functools.cached_property
+    def learnable(self) -> tuple[str, ...]:
+        """The captured tensors that receive gradients."""
+        read = frozenset().union(*self.loaded.values())
+        return tuple(spec.name for spec in self.tensors if spec.learnable and spec.name in read)
+
+    @functools.cached_property
+    def gates(self) -> frozenset[Gate]:
+        """The gates that any expression reads."""
+        return frozenset(n for e in self.expressions.values() for n in walk(e) if isinstance(n, Gate))
+
+    @functools.cached_property
     def opaque(self) -> tuple[Opaque, ...]:
         """The functions that could not be traced, in order of first use."""
         found = (n for e in self.expressions.values() for n in walk(e) if isinstance(n, Opaque))
         return tuple({n.function: n for n in found}.values())
 
-    @property
+    @functools.cached_property
     def chosen(self) -> tuple[BlockTopK, ...]:
         """The selections of blocks that depend on query and key, in order of first use."""
         found = (n.topk for e in self.expressions.values() for n in walk(e) if isinstance(n, Chosen))
