@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,14 +18,12 @@ from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import slot_table
 from flexsparse.runtime.chunked import Work
+from flexsparse.runtime.gathered_sizes import Sizes, padded, sizes_of
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK
 
-_KEYS = 64
 # Programs that keep every multiprocessor busy; spans of chunks are cut until there are so many.
 _BUSY = 512
-# Queries of a step where keys' gradients are summed, warps and stages of each kernel.
-_SIZES = {"forward": (64, 4, 2), "query": (64, 4, 2), "key": (32, 4, 2), "slot": (32, 4, 2)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,14 @@ class GatheredCall:
 
 
 def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau."""
+    """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau.
+
+    Where each query head selects for itself, a key has a slot for each of them: key and value are repeated to H heads.
+    """
+    shapes = call.shapes
+    if any(call.values[f"birth_{n}"].shape[1] not in (1, shapes.kv_heads) for n in range(len(call.ks))):
+        key, value = (x.repeat_interleave(shapes.heads // shapes.kv_heads, 1) for x in (key, value))
+        call = replace(call, shapes=replace(shapes, kv_heads=shapes.heads))
     thresholds = [call.values[f"tau_{n}"] for n in call.source.shifted]
     scores = [call.values[f"u_{n}"] for n in call.source.gated]
     return _Gathered.apply(call, query, key, value, *scores, *thresholds)
@@ -84,7 +89,7 @@ class _Gathered(torch.autograd.Function):
             p_lse=lse,
             p_level=level,
             p_share=share,
-            **_launch("forward", shapes),
+            **_constants(sizes_of("forward", shapes), shapes),
         )
         ctx.save_for_backward(query, key, value, out, level, share, *scores)
         ctx.call, ctx.tables = call, {n: arguments[f"p_table_{n}"] for n in range(len(call.ks))}
@@ -101,7 +106,7 @@ class _Gathered(torch.autograd.Function):
         strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
         call.module.row_products[blocks](
             p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(), p_delta=delta, length=shapes.q_len,
-            heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=_padded(shapes.value_dim), ROWS=32,
+            heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim), ROWS=32,
         )  # fmt: skip
         arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
         arguments |= {"p_d_out": d_out, "p_level": level, "p_share": share, "p_delta": delta}
@@ -126,14 +131,15 @@ class _Gathered(torch.autograd.Function):
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         call.module.query_gradient[(call.chunks, shapes.heads, shapes.batch)](
             **arguments, **_lists(call, 0), p_d_query=d_query,
-            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_launch("query", shapes),
+            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(sizes_of("query", shapes), shapes),
         )  # fmt: skip
         parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
         parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
         parts |= {f"p_part_u_{n}_{m}": x for (n, m), x in part_u.items()}
-        call.module.key_gradient[(-(-shapes.kv_len // _KEYS), shapes.kv_heads, shapes.batch)](
+        sizes = sizes_of("key", shapes)
+        call.module.key_gradient[(-(-shapes.kv_len // sizes.keys), shapes.kv_heads, shapes.batch)](
             **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
-            **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_launch("key", shapes),
+            **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_constants(sizes, shapes),
         )  # fmt: skip
         found = [_over_heads(d_u[n], call.values[f"u_{n}"]) for n in call.source.gated]
         found += [_over_heads(d_tau[n], call.values[f"tau_{n}"]) for n in call.source.shifted]
@@ -155,16 +161,17 @@ def _gather_slots(
 ) -> None:
     """The gradients of selected keys from the chunks that gathered them, in spans of chunks that are then joined."""
     shapes, k = call.shapes, call.ks[n]
-    blocks, pairs = -(-k // _KEYS), shapes.batch * shapes.kv_heads
+    sizes = sizes_of("slot", shapes)
+    blocks, pairs = -(-k // sizes.keys), shapes.batch * shapes.kv_heads
     spans = max(1, min(call.chunks, _BUSY // (blocks * pairs)))
     span = -(-call.chunks // spans)
     spans = -(-call.chunks // span)
     width = shapes.head_dim + shapes.value_dim + len(part_u)
     ends = torch.empty(pairs * spans * 2 * k * width if spans > 1 else 1, dtype=torch.float32, device=shapes.device)
-    arguments = {**arguments, f"p_next_{n}": next_changes(arguments[f"p_table_{n}"], blocks)}
+    arguments = {**arguments, f"p_next_{n}": next_changes(arguments[f"p_table_{n}"], sizes.keys)}
     own = {f"p_part_key_{n}": part[0], f"p_part_value_{n}": part[1], "p_ends": ends, "kv_heads": shapes.kv_heads}
     own |= {"span": span, "SPANS": spans, **{f"p_part_u_{n}_{m}": x for m, x in part_u.items()}}
-    launch = _launch("slot", shapes)
+    launch = _constants(sizes, shapes)
     getattr(call.module, f"slot_gradient_{n}")[(blocks, spans, pairs)](**arguments, **own, **launch)
     if spans > 1:
         forward = {name: x for name, x in arguments.items() if name not in _GRADIENTS}
@@ -220,29 +227,24 @@ def _lists(call: GatheredCall, first: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def next_changes(table: Tensor, blocks: int) -> Tensor:
-    """For every chunk the next one at whose start a block of slots has other keys: [..., blocks, chunks] int32.
+def next_changes(table: Tensor, block: int) -> Tensor:
+    """For every chunk the next at whose start a block of slots has other keys: [..., ceil(k / block), chunks] int32.
 
     table [..., chunks, k]: the key in each slot. The number of chunks stands where no change follows.
     """
     chunks, k = table.shape[-2:]
-    changed = torch.nn.functional.pad(table[..., 1:, :] != table[..., :-1, :], (0, blocks * _KEYS - k))
-    changed = changed.unflatten(-1, (blocks, _KEYS)).any(-1).transpose(-1, -2)
+    changed = torch.nn.functional.pad(table[..., 1:, :] != table[..., :-1, :], (0, -k % block))
+    changed = changed.unflatten(-1, (-1, block)).any(-1).transpose(-1, -2)
     at = torch.arange(1, chunks, dtype=torch.int32, device=table.device)
     later = torch.where(changed, at, chunks).flip(-1).cummin(-1).values.flip(-1)
     return torch.nn.functional.pad(later, (0, 1), value=chunks).int().contiguous()
 
 
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _launch(kernel: str, shapes: Shapes) -> dict[str, Any]:
-    """Block sizes, warps and stages."""
-    queries, warps, stages = _SIZES[kernel]
+def _constants(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:
     return {
         "HEAD_DIM": shapes.head_dim, "VALUE_DIM": shapes.value_dim,
-        "BLOCK_D": _padded(shapes.head_dim), "BLOCK_V": _padded(shapes.value_dim),
-        "BLOCK_M": CHUNK, "BLOCK_Q": queries, "BLOCK_N": _KEYS,
-        "PRECISION": "ieee" if shapes.dtype is torch.float32 else "tf32", "num_warps": warps, "num_stages": stages,
+        "BLOCK_D": padded(shapes.head_dim), "BLOCK_V": padded(shapes.value_dim),
+        "BLOCK_M": CHUNK, "BLOCK_Q": sizes.queries, "BLOCK_N": sizes.keys,
+        "PRECISION": "ieee" if shapes.dtype is torch.float32 else "tf32",
+        "num_warps": sizes.warps, "num_stages": sizes.stages,
     }  # fmt: skip
