@@ -209,7 +209,7 @@ def _selected_loops(n: str, body: Lines) -> Lines:
         f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
         f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
         "    slot = first + tl.arange(0, BLOCK_N)",
-        f"    column = tl.load(p_table_{n} + ({head} * n_chunks + chunk) * k_{n} + slot, mask=slot < k_{n}, other=-1)",
+        f"    column = tl.load(p_slots_{n} + ({head} * n_chunks + chunk) * k_{n} + slot, mask=slot < k_{n}, other=-1)",
         "    m_key = column >= 0",
         "    column = tl.maximum(column, 0)",
         "    kv = column[None, :]",
@@ -292,7 +292,7 @@ def MODULE(  # noqa: N802
     all_gated = sorted({m for own in gated.values() for m in own})
     pattern = ["scale", "length", "heads", "group", "n_chunks"]
     for n in every:
-        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_table_{n}", f"p_next_{n}"]
+        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_slots_{n}", f"p_next_{n}"]
         pattern += [f"heads_{n}", f"group_{n}", f"k_{n}", f"after_{n}"]
         pattern += [f"p_u_{n}"] * (n in all_gated) + [f"p_tau_{n}", f"p_least_{n}"] * (n in shifted)
     for name, dims in captured:
@@ -438,7 +438,7 @@ kv_head = (pair % kv_heads).to(tl.int32)
 {_INDICES}
 slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 m_slot = slot < k_{n}
-table = p_table_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * n_chunks * k_{n} + slot
+table = p_slots_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * n_chunks * k_{n} + slot
 width: tl.constexpr = HEAD_DIM + VALUE_DIM + {len(gated)}
 """
 

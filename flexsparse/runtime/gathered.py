@@ -92,7 +92,7 @@ class _Gathered(torch.autograd.Function):
             **_constants(sizes_of("forward", shapes), shapes),
         )
         ctx.save_for_backward(query, key, value, out, level, share, *scores)
-        ctx.call, ctx.tables = call, {n: arguments[f"p_table_{n}"] for n in range(len(call.ks))}
+        ctx.call, ctx.tables = call, {n: arguments[f"p_slots_{n}"] for n in range(len(call.ks))}
         return out, lse
 
     @staticmethod
@@ -168,7 +168,7 @@ def _gather_slots(
     spans = -(-call.chunks // span)
     width = shapes.head_dim + shapes.value_dim + len(part_u)
     ends = torch.empty(pairs * spans * 2 * k * width if spans > 1 else 1, dtype=torch.float32, device=shapes.device)
-    arguments = {**arguments, f"p_next_{n}": next_changes(arguments[f"p_table_{n}"], sizes.keys)}
+    arguments = {**arguments, f"p_next_{n}": next_changes(arguments[f"p_slots_{n}"], sizes.keys)}
     own = {f"p_part_key_{n}": part[0], f"p_part_value_{n}": part[1], "p_ends": ends, "kv_heads": shapes.kv_heads}
     own |= {"span": span, "SPANS": spans, **{f"p_part_u_{n}_{m}": x for m, x in part_u.items()}}
     launch = _constants(sizes, shapes)
@@ -199,7 +199,7 @@ def _arguments(
     for n, (k, after) in enumerate(zip(call.ks, call.afters, strict=True)):
         birth, death, slot = (values[f"{what}_{n}"] for what in ("birth", "death", "slot"))
         table = slot_table(CausalSelection(birth, death, slot), k, CHUNK) if tables is None else tables[n]
-        made |= {f"p_birth_{n}": birth, f"p_death_{n}": death, f"p_table_{n}": table, f"p_next_{n}": table}
+        made |= {f"p_birth_{n}": birth, f"p_death_{n}": death, f"p_slots_{n}": table, f"p_next_{n}": table}
         made |= {f"heads_{n}": birth.shape[1], f"group_{n}": shapes.heads // birth.shape[1]}
         made |= {f"k_{n}": k, f"after_{n}": after}
         if n in source.shifted:

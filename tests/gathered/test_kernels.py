@@ -1,0 +1,145 @@
+"""The kernels that gather, on a GPU or in Triton's interpreter, against the oracle: out, lse and every gradient."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+import flexsparse as fs
+from flexsparse.language import b, captured, kv, per_head, q, topk, where
+from flexsparse.runtime import gathered
+from flexsparse.tolerance import evaluate
+from tests.gathered.calls import COMPOSITIONS, DEVICE, call_of, failures
+from tests.runtime.compositions import CAUSAL, P
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+# In the interpreter a chunk of 64 queries is a whole tile already; two of them, the second cut short, are enough.
+SIZE = 100 if INTERPRETED else 300
+KEEP: Any = captured("keep", dims=("b", "s"), dtype="bool")
+WINDOW = P["sliding_window"](40)
+HYBRID = WINDOW | P["sparsek"](24, after=40)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_every_composition_is_within_the_policy(name: str) -> None:
+    assert not failures(COMPOSITIONS[name], call_of(COMPOSITIONS[name], SIZE))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"score_heads": 1},
+        {"score_heads": 4},
+        {"heads": 3, "kv_heads": 3, "head_dim": 24, "value_dim": 40},
+        {"heads": 6, "kv_heads": 2, "batch": 1},
+    ],
+    ids=["shared scores", "scores of each query head", "odd head_dim", "three to one"],
+)
+def test_any_heads_and_head_dim(shape: dict[str, int]) -> None:
+    assert not failures(HYBRID, call_of(HYBRID, SIZE, **shape))
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 129])
+def test_any_length(size: int) -> None:
+    assert not failures(HYBRID, call_of(HYBRID, size, batch=1))
+
+
+@pytest.mark.parametrize("k", [1, 33, 70, 500])
+def test_any_number_of_slots(k: int) -> None:
+    pattern = P["sparsek"](k) + P["alibi"]()
+    assert not failures(pattern, call_of(pattern, 140, batch=1))
+
+
+def arithmetic() -> dict[str, Any]:
+    """Integer arithmetic of both signs, extremes, and functions of a score with a derivative of their own."""
+    negative = (q - kv * 2) // 3 % 5 != 2
+    bent = where(kv % 2 == 0, 1.0, 0.5) * (q - kv)
+    return {
+        "division of both signs": HYBRID & negative,
+        "extremes": (WINDOW & (abs(q - kv - 7) > 2)) | topk(9, after=3, gate="kv"),
+        "a score of indices": HYBRID + bent / 50,
+        "tanh of a score": HYBRID.score(P["softcap"](1.5)),
+        "numbers of each head": P["sliding_window"](per_head([5, 50, 5, 50])) | P["sparsek"](7),
+        "boolean tensor": (HYBRID | P["sinks"](3)) & KEEP[b, kv],
+        "nothing near": topk(9, gate="v") & (kv % 3 > 0),
+        "a selection that others hide": CAUSAL & (P["sparsek"](30) | WINDOW | P["sparsek"](9, scores="u")),
+    }
+
+
+@pytest.mark.parametrize("name", arithmetic())
+def test_what_is_printed_into_the_kernels_means_what_it_says(name: str) -> None:
+    pattern = arithmetic()[name]
+    assert not failures(pattern, call_of(pattern, SIZE, batch=1))
+
+
+@pytest.mark.parametrize("busy", [1, 6, 1000])
+@pytest.mark.parametrize("regime", ["random", "rising", "falling"])
+def test_spans_of_chunks_add_up(busy: int, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that leave their slot within a span, stay through it, or stay through several."""
+    monkeypatch.setattr(gathered, "_BUSY", busy)
+    call = call_of(HYBRID, 330, batch=1, heads=1, kv_heads=1)
+    if regime != "random":
+        call.captured["scores"].copy_(call.captured["scores"].sort(descending=regime == "falling").values)
+    assert not failures(HYBRID, call)
+
+
+def test_two_runs_have_the_same_bits() -> None:
+    call = call_of(HYBRID, SIZE)
+    attention = fs.compile(HYBRID, backend="gather")
+    first, second = evaluate(attention, call), evaluate(attention, call)
+    for name, one in first.items():
+        assert torch.equal(one, second[name]), name
+
+
+def test_rows_that_see_no_key() -> None:
+    pattern: Any = P["sparsek"](16, after=50)
+    call = call_of(pattern, SIZE)
+    got = evaluate(fs.compile(pattern, backend="gather"), call)
+    assert (got["out"][:, :, :50] == 0).all()
+    assert (got["lse"][:, :, :50] == -torch.inf).all()
+    assert (got["d query"][:, :, :50] == 0).all()
+    assert not any(torch.isnan(x).any() for x in got.values())
+
+
+def test_operands_of_any_strides() -> None:
+    call = call_of(HYBRID, 70, batch=1)
+    attention = fs.compile(HYBRID, backend="gather")
+    wanted = attention(call.query, call.key, call.value, **call.captured)
+    rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (call.query, call.key, call.value)]
+    columns = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (call.query, call.key, call.value)]
+    for operands in (rows, columns):
+        assert torch.equal(attention(*operands, **call.captured), wanted)
+
+
+def test_infinite_scores() -> None:
+    pattern: Any = P["sparsek"](8)
+    call = call_of(pattern, SIZE, batch=1)
+    call.captured["scores"][..., 5:90:7] = -torch.inf
+    call.captured["scores"][..., 20:90:31] = torch.inf
+    assert not failures(pattern, call)
+
+
+def test_twenty_steps_of_training_follow_the_oracle() -> None:
+    """Gradient descent on everything that learns, once through the kernels and once through the oracle."""
+    call = call_of(HYBRID, 66, batch=1, heads=2, kv_heads=1)
+    goal = torch.randn(call.query.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    losses = []
+    for backend in ("gather", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (call.query, call.key, call.value, call.captured["scores"])]
+        attention = fs.compile(HYBRID, backend=backend)
+        losses.append([])
+        for _ in range(20):
+            loss = (attention(*leaves[:3], scores=leaves[3]) - goal).square().mean()
+            losses[-1].append(float(loss))
+            for leaf, step in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                leaf.data -= 20.0 * step
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
