@@ -251,7 +251,7 @@ def _solve(
     p_slot = p_kept + (o_part * local)[:, None] + tl.arange(0, SLOTS)[None, :]
     least, greatest = low + 1, high
     stalled = tl.full([], 0, tl.int32)
-    total, weight = budget * 0, stalled + 0
+    total, weight, last = budget * 0, stalled + 0, greatest - least
     found = solved == 0
     open_ = solved & (least <= greatest)
     while open_:
@@ -265,7 +265,7 @@ def _solve(
             inside += one
         total = tl.sum(tl.sum(parts, 1), 0) + fixed - slope.to(tl.int64) * (t - low)
         weight = tl.sum(tl.sum(inside, 1), 0) + slope
-        found, t, least, greatest, stalled = narrowed(t, total, weight, budget, least, greatest, stalled)
+        found, t, least, greatest, last, stalled = narrowed(t, total, weight, budget, least, greatest, last, stalled)
         open_ = (found == 0) & (least <= greatest)
     if found == 0:
         # The bracket was wrong: the row itself, from its whole extent.

@@ -1,10 +1,11 @@
 """SPARSEK of independent rows without a sort, as Triton kernels: one program a row. ``long_rows`` has several.
 
-The least grid point t with f(t) <= budget, f(t) the sum of clip(value - t, 0, unit), is found by Newton's method
-inside a bracket: first on rounded float32 sums, which costs little and comes within a rounding of the solution, then
-on the exact integer sums, of which two evaluations usually suffice. f is piecewise linear, so Newton's method is exact
-once no value lies between; where the bracket does not halve in two steps it is halved. Any answer has been verified on
-integers: f(t) <= budget < f(t - 1). The twin is ``flexsparse.ops.projection``, which sorts.
+Sought is the least grid point t with f(t) <= budget, or any with f(t) = budget, f(t) being the sum of
+clip(value - t, 0, unit). Newton's method finds it inside a bracket: first on rounded float32 sums, which cost little
+and lead to within a rounding of it, then on exact integer sums, of which two usually suffice. f is piecewise linear,
+so Newton's method is exact once no kink lies between; where two steps in a row have not halved the one before, the
+bracket is halved. Every solution has been verified on integers: f(t) <= budget < f(t - 1), or f(t) = budget. The twin
+is ``flexsparse.ops.projection``, which sorts.
 """
 
 from __future__ import annotations
@@ -66,25 +67,26 @@ def exact_parts(value, t, unit):
 
 
 @triton.jit
-def narrowed(t, total, weight, budget, least, greatest, stalled):
+def narrowed(t, total, weight, budget, least, greatest, last, stalled):
     """One step of the search for the solution in [least, greatest], from f(t) and the slope of f below t.
 
-    Returns whether t is the solution, the next point, the new bracket and how often it has not halved of late.
+    Returns whether t is a solution, the next point, the new bracket, the length of the step to that point, and how
+    often in a row a step was longer than half of the one before. On a plateau, where f(t) is the budget for more than
+    one t, any of them is a solution: the gates are the same.
     """
     slope = weight.to(tl.int64)
     within = total <= budget
-    found = within & (total + slope > budget)
-    width = greatest - least
+    found = (total == budget) | (within & (total + slope > budget))
     greatest = tl.where(within, t - 1, greatest)
     least = tl.where(within, least, t + 1)
     rate = tl.maximum(slope, 1)
     distance = tl.abs(total - budget)
     target = tl.where(within, t - distance // rate, t + (distance + rate - 1) // rate)
-    stalled = tl.where(2 * (greatest - least) > width, stalled + 1, 0)
-    middle = least + (greatest - least) // 2
+    stalled = tl.where(2 * tl.abs(target - t) > last, stalled + 1, 0)
     halve = (slope == 0) | (target < least) | (target > greatest) | (stalled > 1)
-    stalled = tl.where(stalled > 1, 0, stalled)
-    return found, tl.where(found, t, tl.where(halve, middle, target)), least, greatest, stalled
+    stalled = tl.where(halve, 0, stalled)
+    target = tl.where(found, t, tl.where(halve, least + (greatest - least) // 2, target))
+    return found, target, least, greatest, tl.abs(target - t), stalled
 
 
 @triton.jit
@@ -112,21 +114,23 @@ def _soft_solution(tile, p_row, size, top, mean, low, budget, ONE: tl.constexpr,
     # A row shaped like a bell has its steepest point half a unit below its mean: from there Newton does not overshoot.
     t = tl.minimum(tl.maximum(mean - 0.5, low), high)
     goal = budget.to(tl.float32)
-    rounds, stalled = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    rounds, stalled, last = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32), high - low
     open_ = budget > 0
     while open_:
         total, slope = _soft_sums(tile, p_row, size, top, t, ONE, BLOCK)
-        width = high - low
         over = total > goal
         low = tl.where(over, t, low)
         high = tl.where(over, high, t)
         target = t + (total - goal) / tl.maximum(slope, 1.0)
-        stalled = tl.where(2 * (high - low) > width, stalled + 1, 0)
-        halve = (slope < 0.5) | (target < low) | (target > high) | (stalled > 2)
-        stalled = tl.where(stalled > 2, 0, stalled)
+        small = 1e-6 * tl.abs(t)
+        near = tl.abs(target - t) <= small
+        stalled = tl.where(2 * tl.abs(target - t) > last, stalled + 1, 0)
+        halve = (near == 0) & ((slope < 0.5) | (target <= low) | (target >= high) | (stalled > 1))
+        stalled = tl.where(halve, 0, stalled)
         target = tl.where(halve, low + (high - low) / 2, target)
+        last = tl.abs(target - t)
         rounds += 1
-        open_ = (tl.abs(target - t) > 1e-6 * tl.abs(target)) & (rounds < 32)
+        open_ = (last > small) & (rounds < 32)
         t = target
     return tl.where(budget > 0, t, high)
 
@@ -136,9 +140,9 @@ def exact_solution(
     tile, p_row, size, t, least, greatest, budget, open_, unit, center, inverse,
     ONE: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The least t with f(t) <= budget, which lies in [least, greatest]; f(t), and the slope of f below t."""
+    """A solution t, which lies in [least, greatest]; f(t), and the slope of f below t."""
     stalled = tl.full([], 0, tl.int32)
-    total, weight = budget * 0, stalled + 0
+    total, weight, last = budget * 0, stalled + 0, greatest - least
     while open_:
         parts = tl.zeros([BLOCK], tl.int64)
         inside = tl.zeros([BLOCK], tl.int32)
@@ -154,7 +158,7 @@ def exact_solution(
                 parts += part
                 inside += one
         total, weight = tl.sum(parts, 0), tl.sum(inside, 0)
-        found, t, least, greatest, stalled = narrowed(t, total, weight, budget, least, greatest, stalled)
+        found, t, least, greatest, last, stalled = narrowed(t, total, weight, budget, least, greatest, last, stalled)
         open_ = (found == 0) & (least <= greatest)
     return t, total, weight
 
