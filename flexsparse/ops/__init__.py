@@ -7,7 +7,7 @@ them eviction is final: a key that leaves the top-k never returns, so ``causal_t
 | alternative | forward | gradient to the scores | where |
 |---|---|---|---|
 | SPARSEK | gate clip(u - tau, 0, 1) | of gate and tau, inside the support | ``causal_sparsek``, ``gates``; patterns |
-| capped softmax | gate min(1, exp(u - tau)) | of gate and tau, to all candidates | ``causal_capped_softmax``, ``gates`` |
+| capped softmax | gate min(1, exp(u - tau)) | the same, everywhere | ``causal_capped_softmax``, ``gates``; patterns |
 | straight through | gate 1 | of SPARSEK's gate at 1 | patterns, ``gate="ste"`` |
 | the same, identity | gate 1 | to each selected score as it is | patterns, ``gate="ste_identity"`` |
 | the same, sigmoid | gate 1 | of sigmoid(u - tau) | patterns, ``gate="ste_sigmoid"`` |
@@ -15,7 +15,7 @@ them eviction is final: a key that leaves the top-k never returns, so ``causal_t
 The two with a tau have one signature, ``(u, k, after=0, segments=None, *, validate=True) -> CausalThresholds``, and
 ``gates(u, tau, query_index, key_index, form=...)``. Guarantees: the gates of a prefix of more than k candidates sum to
 k, lie in [0, 1], rise with the score and fall as the prefix grows; tau is -inf where at most k are candidates; two runs
-give the same bits; first derivatives only. The capped softmax is no ``gate=`` of patterns yet.
+give the same bits; first derivatives only. In patterns it is ``gate="capped_softmax"``, on K and V.
 """
 
 from flexsparse.ops.capped_softmax import causal_capped_softmax

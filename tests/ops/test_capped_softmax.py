@@ -13,26 +13,11 @@ from torch import Tensor
 from flexsparse.errors import GradientError, NonFiniteScoresError, PatternArgumentError
 from flexsparse.ops import causal_capped_softmax, causal_sparsek, dense_gates, gates
 from tests.ops.regimes import FINITE, REGIMES, draw
-from tests.twins import candidates, exact_selection
+from tests.twins import candidates, exact_selection, prefix_tau
 
 SIZE = 29
 IDS = [0] * 3 + [1] + [4] * 11 + [5, 6] + [9] * 12
 SETTINGS = list(itertools.product([1, 2, 5, 40, 10**9], [0, 1, 5, 30], [None, IDS]))
-
-
-def prefix_tau(z: Tensor, k: int) -> Tensor:
-    """The threshold of one set of scores by trying every number of capped keys, differentiable in z."""
-    certain = int((z == math.inf).sum())
-    falling = z[torch.isfinite(z)].sort(descending=True, stable=True).values
-    if len(falling) + certain <= k:
-        return torch.tensor(-math.inf, dtype=z.dtype)
-    if certain >= k:
-        return torch.tensor(math.inf, dtype=z.dtype)
-    capped, budget, fixed = 0, k - certain, falling.detach()
-    # A key is capped if, with tau at its score, the gates of those above and its own and the rest fit the budget.
-    while capped + 1 < budget and capped + 1 + float((fixed[capped + 1 :] - fixed[capped]).exp().sum()) <= budget:
-        capped += 1
-    return torch.logsumexp(falling[capped:], 0) - math.log(budget - capped)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
