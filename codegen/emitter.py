@@ -28,6 +28,9 @@ _SCALAR_CALLS = {
 _CLIPPED = "torch.where(x >= 1.0, 1.0, torch.where(x <= least, least, x))"
 # What a gate is of x = u - tau; under "ste_identity" x is u.
 _GATE_OF = {"": _CLIPPED, "ste": _CLIPPED, "ste_identity": "x", "ste_sigmoid": "torch.sigmoid(x)"}
+# The inner where keeps exp, and so its gradient, from overflowing.
+_SOFTMAX = "torch.exp(torch.where(x >= 0.0, 0.0, x))"
+_GATE_OF["capped_softmax"] = f"torch.where(x <= torch.log(least), least, {_SOFTMAX})"
 
 
 def opaque_name(number: int) -> str:
@@ -72,12 +75,13 @@ class Emitter:
         for gate in gates:
             n = gate.number
             head = f"b, h // group_{n}"
-            if gate.through in ("", "ste"):
+            kind = "capped_softmax" if gate.capped else gate.through
+            if kind in ("", "ste", "capped_softmax"):
                 lines.append(f"least = least_{n}[{head}, q]")
             for suffix in ("", "_fixed") if gate.through else ("",):
                 shift = "" if gate.through == "ste_identity" else f" - tau_{n}{suffix}[{head}, q]"
                 lines.append(f"x = u_{n}{suffix}[{head}, kv]{shift}")
-                lines.append(f"m_{n}{suffix} = {_GATE_OF[gate.through]}")
+                lines.append(f"m_{n}{suffix} = {_GATE_OF[kind]}")
             if gate.through:
                 lines.append(f"m_{n} = 1.0 + (m_{n} - m_{n}_fixed)")
         return lines

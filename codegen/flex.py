@@ -32,6 +32,7 @@ from flexsparse.ir.nodes import (
 from flexsparse.ir.program import Gate, Program, program_text, table_name
 
 _SOFT = {"ste_identity": "1, with the gradient of u", "ste_sigmoid": "1, with the gradient of sigmoid(u - tau)"}
+_SOFT["capped_softmax"] = "min(1, exp(u - tau)), at least `least`"
 _SCORE_FUNCTIONS = ("score_mod", "kept_score_mod", "lost_score_mod")
 _WIDTH = 100
 _COMMENT_WIDTH = 160

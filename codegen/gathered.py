@@ -32,9 +32,14 @@ from flexsparse.ir.program import Gate, Program, Selected
 from flexsparse.ir.simplify import simplify
 
 _ONE = Constant(1.0)
+_GATES = {
+    "": "clipped(x, least)",
+    "capped_softmax": "tl.where(x <= tl.log(least), least, tl.exp(tl.where(x >= 0.0, 0.0, x)))",
+}
 _SLOPES = {
     "": "tl.where((x > least) & (x < 1.0), 1.0, 0.0)",
     "ste": "tl.where((x > least) & (x < 1.0), 1.0, 0.0)",
+    "capped_softmax": "tl.where((x > tl.log(least)) & (x < 0.0), tl.exp(tl.where(x >= 0.0, 0.0, x)), 0.0)",
     "ste_identity": "1.0",
     "ste_sigmoid": "tl.sigmoid(x) * (1.0 - tl.sigmoid(x))",
 }
@@ -146,12 +151,13 @@ class _Printer:
             head = f"(b * heads_{n} + h // group_{n}) * length"
             shift = "" if through == "ste_identity" else f" - tl.load(p_tau_{n} + {head} + q)"
             lines.append(f"x = tl.load(p_u_{n} + {head} + kv){shift}")
-            if through in ("", "ste"):
+            kind = "capped_softmax" if gate.capped else through
+            if kind in ("", "ste", "capped_softmax"):
                 lines.append(f"least = tl.load(p_least_{n} + {head} + q)")
             if not through:
-                lines.append(f"m_{n} = clipped(x, least)")
+                lines.append(f"m_{n} = {_GATES[kind]}")
             if slopes:
-                lines.append(f"slope_{n} = {_SLOPES[through]}")
+                lines.append(f"slope_{n} = {_SLOPES[kind]}")
         return lines
 
     def score(self, part: _Part) -> list[str]:

@@ -39,8 +39,8 @@ class TritonText:
                 return (f"({found} * 1.0)" if tensor.kind is Kind.REAL else found), 10
             case Selected(n):
                 return f"selected_{n}", 10
-            case Gate(n, through):
-                assert not through
+            case Gate(n):
+                assert not node.through
                 return f"m_{n}", 10
             case Apply(op, args):
                 return self._number(node) if is_uniform(node) else self._apply(node, op, args)

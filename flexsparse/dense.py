@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from flexsparse.dense_selections import block_scores, finite_scores, sorted_gates, walk
+from flexsparse.dense_selections import block_scores, capped_gates, finite_scores, sorted_gates, walk
 from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
 from flexsparse.ir.nodes import (
@@ -356,7 +356,8 @@ class _Evaluator:
             ids = ids.reshape(-1, 1, ids.shape[-1])
             candidate = candidate & (ids[:, :, q.flatten(), None] == ids[:, :, None, :])
         z = torch.where(candidate, scores.unsqueeze(2), -torch.inf)
-        m, tau = sorted_gates(z, node.k)
+        capped = node.gate == "capped_softmax"
+        m, tau = (capped_gates if capped else sorted_gates)(z, node.k)
         # A stable descending sort puts the earlier key first on ties.
         order = z.sort(dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order[..., : node.k], True) & (z > -torch.inf)
@@ -368,6 +369,6 @@ class _Evaluator:
             m = torch.where(known, torch.sigmoid(finite_scores(z) - finite_scores(tau)), 1.0)
         if through:
             m = 1 + (m - m.detach())
-        on_k = m if through or node.gate in ("kv", "k") else self.one
-        on_v = m if through or node.gate in ("kv", "v") else self.one
+        on_k = m if through or node.gate in ("kv", "k", "capped_softmax") else self.one
+        on_v = m if through or node.gate in ("kv", "v", "capped_softmax") else self.one
         return _Dense(chosen, lambda s: s, on_k, on_v, m if node.gate == "logit" else self.one)

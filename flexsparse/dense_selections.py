@@ -53,6 +53,31 @@ def sorted_gates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.where(torch.isnan(z).any(-1, keepdim=True), torch.nan, gates), tau
 
 
+def capped_gates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Gates min(1, exp(z - tau)) that sum to k along the last dimension, and tau; differentiable. z float64."""
+    finite, infinite = torch.isfinite(z), z == torch.inf
+    with torch.no_grad():
+        budget = k - infinite.sum(-1, keepdim=True)
+        falling, order = torch.where(finite, z, -torch.inf).sort(dim=-1, descending=True, stable=True)
+        tails = torch.nn.functional.pad(falling.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:], (0, 1), value=-torch.inf)
+        place = torch.arange(1, z.shape[-1] + 1, device=z.device)
+        # With tau at a capped key's score, those above, itself and the rest fit the budget, with room for the rest.
+        rest = torch.where(torch.isfinite(falling), tails - finite_scores(falling), torch.inf).exp()
+        fits = (place < budget) & (place + rest <= budget)
+        capped = torch.zeros_like(finite).scatter_(-1, order, fits)
+        everything = (finite | infinite).sum(-1, keepdim=True) <= k
+        nothing = (budget <= 0) & ~everything
+        free = finite & ~capped & ~everything & ~nothing
+        room = (budget - capped.sum(-1, keepdim=True)).clamp(min=1).double().log()
+        top = torch.where(free, z, -torch.inf).amax(-1, keepdim=True)
+        top = finite_scores(top)
+    total = torch.where(free, torch.where(free, z - top, 0.0).exp(), 0.0).sum(-1, keepdim=True)
+    tau = torch.where(total > 0, top + torch.where(total > 0, total, 1.0).log() - room, 0.0)
+    whole = (finite & (everything | (capped & ~nothing))) | (infinite & (infinite.cumsum(-1) <= k))
+    soft = torch.where(free, torch.where(free, z - tau, 0.0).clamp(max=0).exp(), whole.double())
+    return torch.where(torch.isnan(z).any(-1, keepdim=True), torch.nan, soft), tau
+
+
 def finite_scores(z: Tensor) -> Tensor:
     """The scores with 0 for infinities, whose gradient is 0."""
     return torch.where(torch.isfinite(z), z, 0.0)

@@ -307,7 +307,8 @@ def topk(
     on K and V ("kv"), on one of them ("k", "v"), as log m on the score ("logit"), or not at all ("none", which gives
     the scores no gradient). The straight-through gates select hard, with gates of 1, and give the scores the gradient
     that "kv" would have at gates of 1: of m itself ("ste"), of the score as it is ("ste_identity": every selected key
-    learns, tau does not), or of sigmoid(score - tau) ("ste_sigmoid": none is ever cut off).
+    learns, tau does not), or of sigmoid(score - tau) ("ste_sigmoid": none is ever cut off). "capped_softmax" puts
+    the gate min(1, exp(score - tau)) on K and V, with its own tau, at which these sum to k over the candidates.
     Under every gate the keys are the hard top-k by query-independent scores, so eviction is final.
     Source: Lou, Jia, Zheng, Tu, arXiv 2406.16747; ``after``, ``segments`` and the gates beside "kv" are ours.
     Raises PatternArgumentError for k < 1, after < 0 or an unknown gate.

@@ -95,3 +95,18 @@ def differentiable_prefix_tau(u: Tensor, k: int, i: int, after: int, segments: S
         return None
     whole = sum(g == 1 for g in gates)
     return (z[between].sum() - (k - whole)) / between.sum()
+
+
+def prefix_tau(z: Tensor, k: int) -> Tensor:
+    """The capped softmax's threshold of one set of scores, trying every number of capped keys; differentiable in z."""
+    certain = int((z == math.inf).sum())
+    falling = z[torch.isfinite(z)].sort(descending=True, stable=True).values
+    if len(falling) + certain <= k:
+        return torch.tensor(-math.inf, dtype=z.dtype)
+    if certain >= k:
+        return torch.tensor(math.inf, dtype=z.dtype)
+    capped, budget, fixed = 0, k - certain, falling.detach()
+    # A key is capped if, with tau at its score, the gates of those above and its own and the rest fit the budget.
+    while capped + 1 < budget and capped + 1 + float((fixed[capped + 1 :] - fixed[capped]).exp().sum()) <= budget:
+        capped += 1
+    return torch.logsumexp(falling[capped:], 0) - math.log(budget - capped)

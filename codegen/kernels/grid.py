@@ -33,12 +33,26 @@ class Quantized(NamedTuple):
 
 
 @triton.jit
-def _rounded(x):
+def rounded(x):
     """To the nearest whole number, halves to the even one, as torch.round does."""
     size = tl.abs(x)
     whole = (size + 4503599627370496.0) - 4503599627370496.0  # 2^52: from there on float64 has no fractions
     whole = tl.where(size < 4503599627370496.0, whole, size)
     return tl.where(x < 0, -whole, whole)
+
+
+@triton.jit
+def grid_between(top, bottom, bits):
+    """unit, step and center of the grid of a row whose finite scores lie from ``bottom`` to ``top``, float64 both."""
+    # Half of each first: the sum of two huge scores may overflow. A whole centre keeps whole scores whole.
+    center = rounded(top / 2 + bottom / 2)
+    extent = tl.maximum(top - center, center - bottom) + 1
+    exponent = ((extent.to(tl.int64, bitcast=True) >> 52) & 2047) - 1022
+    fine = tl.minimum(bits - exponent, 52)
+    # 2^-fine and 2^fine from their bits; finer than 2^0 only where there is room.
+    step = ((1023 - fine) << 52).to(tl.float64, bitcast=True)
+    unit = tl.where(fine > 0, tl.full([], 1, tl.int64) << tl.maximum(fine, 0), 1)
+    return unit, step, center
 
 
 @triton.jit
@@ -59,19 +73,12 @@ def _row_grid(p_u, p_unit, p_step, p_center, p_top, p_bottom, p_nan, size, bits,
     top, bottom = tl.max(highest, 0), tl.min(lowest, 0)
     some = top > -infinity
     top, bottom = tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
-    # Half of each first: the sum of two huge scores may overflow. A whole centre keeps whole scores whole.
-    center = _rounded(top / 2 + bottom / 2)
-    extent = tl.maximum(top - center, center - bottom) + 1
-    exponent = ((extent.to(tl.int64, bitcast=True) >> 52) & 2047) - 1022
-    fine = tl.minimum(bits - exponent, 52)
-    # 2^-fine and 2^fine from their bits; finer than 2^0 only where there is room.
-    step = ((1023 - fine) << 52).to(tl.float64, bitcast=True)
-    unit = tl.where(fine > 0, tl.full([], 1, tl.int64) << tl.maximum(fine, 0), 1)
+    unit, step, center = grid_between(top, bottom, bits)
     tl.store(p_unit + row, unit)
     tl.store(p_step + row, step)
     tl.store(p_center + row, center)
-    tl.store(p_top + row, _rounded((top - center) / step).to(tl.int64))
-    tl.store(p_bottom + row, _rounded((bottom - center) / step).to(tl.int64))
+    tl.store(p_top + row, rounded((top - center) / step).to(tl.int64))
+    tl.store(p_bottom + row, rounded((bottom - center) / step).to(tl.int64))
     tl.store(p_nan + row, tl.minimum(tl.min(nan, 0), size))
 
 
@@ -86,7 +93,7 @@ def _quantize(p_u, p_step, p_center, p_top, p_bottom, p_value, p_alive, p_blocks
     finite = tl.abs(u) < infinity
     above = u == infinity
     scaled = (tl.where(finite, u, 0.0) - tl.load(p_center + row)) / tl.load(p_step + row)
-    value = _rounded(tl.where(finite, scaled, 0.0)).to(tl.int64)
+    value = rounded(tl.where(finite, scaled, 0.0)).to(tl.int64)
     value = tl.where(finite, value, tl.where(above, tl.load(p_top + row), tl.load(p_bottom + row)))
     tl.store(p_value + row * size + at, value, mask=m_at)
     tl.store(p_alive + row * size + at, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), mask=m_at)

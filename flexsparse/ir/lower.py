@@ -80,8 +80,9 @@ class _Lowering:
         if node not in self.selections:
             self.selections.append(node)
         number = self.selections.index(node)
-        gate = Gate(number, node.gate if node.gate.startswith("ste") else "")
-        on_k, on_v = (node.gate in ("kv", side) or bool(gate.through) for side in ("k", "v"))
+        capped = node.gate == "capped_softmax"
+        gate = Gate(number, node.gate if node.gate.startswith("ste") else "", capped)
+        on_k, on_v = (node.gate in ("kv", side) or bool(gate.through) or capped for side in ("k", "v"))
         return _Parts(
             Selected(number),
             gate_k=gate if on_k else ONE,
@@ -232,7 +233,7 @@ def _renumbered(
         if isinstance(node, Selected):
             return Selected(order.index(node.number))
         if isinstance(node, Gate):
-            return Gate(order.index(node.number), node.through)
+            return Gate(order.index(node.number), node.through, node.capped)
         return rebuild(node, tuple(renumber(child) for child in node.children))
 
     return [renumber(e) for e in expressions], [selections[n] for n in order]

@@ -156,7 +156,7 @@ class PerHead(Node):
         return self.entries
 
 
-GATES = ("kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid")
+GATES = ("kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid", "capped_softmax")
 
 
 @dataclass(frozen=True)

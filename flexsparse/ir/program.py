@@ -36,7 +36,7 @@ class Selected(Node):
 
 @dataclass(frozen=True)
 class Gate(Node):
-    """The soft gate m = clip(u[kv] - tau[q], 0, 1) of selection ``number``.
+    """The soft gate m = clip(u[kv] - tau[q], 0, 1) of selection ``number``; if ``capped``, min(1, exp(u[kv] - tau[q])).
 
     ``through`` asks for 1 in the forward pass, with the gradient of m ("ste"), of u[kv] ("ste_identity") or of
     sigmoid(u[kv] - tau[q]) ("ste_sigmoid") in the backward pass.
@@ -44,6 +44,7 @@ class Gate(Node):
 
     number: int
     through: str = ""
+    capped: bool = False
 
     @property
     def kind(self) -> Kind:

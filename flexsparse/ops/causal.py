@@ -77,7 +77,7 @@ def thresholds(u: Tensor, k: int, ranges: Ranges) -> Thresholds:
     finite = torch.isfinite(exact)
     grid = on_grid(exact, finite)
     # +inf always has gate 1: it leaves the search and takes one unit of the budget.
-    certain = _within(exact == torch.inf, ranges)
+    certain = within(exact == torch.inf, ranges)
     # A budget beyond the row is the row, which also keeps the product small.
     budget = (min(k, u.shape[1]) - certain) * grid.unit
     values, weight = events_of(grid, finite)
@@ -88,7 +88,7 @@ def thresholds(u: Tensor, k: int, ranges: Ranges) -> Thresholds:
     result = threshold(grid, found, budget, edge)
     nan = torch.isnan(exact).cumsum(1) > 0
     tau = result.tau.masked_fill(nan, torch.nan).to(result_dtype(u))
-    return Thresholds(tau, result.floor, result.ceil, (_within(finite, ranges) + certain).int())
+    return Thresholds(tau, result.floor, result.ceil, (within(finite, ranges) + certain).int())
 
 
 def threshold_gradient(grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, ranges: Ranges) -> Tensor:
@@ -165,7 +165,7 @@ def _before(alive: Tensor, ranges: Ranges) -> Tensor:
     return running[:, :-1] - running.gather(1, ranges.start)
 
 
-def _within(marked: Tensor, ranges: Ranges) -> Tensor:
+def within(marked: Tensor, ranges: Ranges) -> Tensor:
     """How many of each query's candidates are marked: [R, S] int64."""
     running = torch.nn.functional.pad(marked.long().cumsum(1), (1, 0))
     return running.gather(1, ranges.stop) - running.gather(1, ranges.start)

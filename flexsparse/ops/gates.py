@@ -7,15 +7,23 @@ from torch import Tensor
 
 from flexsparse.errors import DtypeError, PatternArgumentError, ShapeError
 
+FORMS = ("sparsek", "capped_softmax")
 
-def gates(u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor, *, validate: bool = True) -> Tensor:
+
+def gates(
+    u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor, *, form: str = "sparsek", validate: bool = True
+) -> Tensor:
     """``clip(u[key_index] - tau[query_index], 0, 1)``, with gradients to u and tau; in tau's dtype.
+
+    ``form="capped_softmax"`` has ``min(1, exp(u - tau))`` instead, for the tau of ``causal_capped_softmax``.
 
     u and tau [..., S]; the indices [..., N], integers, whose leading dimensions broadcast with theirs; a negative key
     index (an empty slot) has gate 0. A key of -inf has gate 0 and one of +inf gate 1 under any finite or lower tau.
     The gate says nothing of whether the key is a candidate of the query. Raises ShapeError and DtypeError, and, unless
-    ``validate=False`` (it costs a synchronisation on a GPU), PatternArgumentError for an index beyond S.
+    ``validate=False`` (it costs a synchronisation on a GPU), PatternArgumentError for an index beyond S; for another
+    form as well.
     """
+    _check_form(form)
     for name, index in (("query_index", query_index), ("key_index", key_index)):
         if index.is_floating_point() or index.is_complex() or index.dtype is torch.bool:
             raise DtypeError(name, got=str(index.dtype), expected="integers")
@@ -38,7 +46,7 @@ def gates(u: Tensor, tau: Tensor, query_index: Tensor, key_index: Tensor, *, val
     keys = key_index.long().expand(*lead, count)
     at = scores.gather(-1, keys.clamp(min=0))
     threshold = tau.expand(*lead, tau.shape[-1]).gather(-1, query_index.long().expand(*lead, count))
-    return torch.where(keys < 0, 0.0, _clip(at, threshold))
+    return torch.where(keys < 0, 0.0, _gate(at, threshold, form))
 
 
 def _refuse_outside(name: str, index: Tensor, least: int | None, size: int) -> None:
@@ -49,16 +57,23 @@ def _refuse_outside(name: str, index: Tensor, least: int | None, size: int) -> N
         raise PatternArgumentError(name, got=str(found), expected=expected)
 
 
-def dense_gates(u: Tensor, tau: Tensor) -> Tensor:
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise PatternArgumentError("form", got=repr(form), expected=f"one of {', '.join(map(repr, FORMS))}")
+
+
+def dense_gates(u: Tensor, tau: Tensor, *, form: str = "sparsek") -> Tensor:
     """The gates of every query (rows) and key (columns): [..., S, S] from u and tau [..., S]. For small S."""
+    _check_form(form)
     if u.shape != tau.shape:
         raise ShapeError("tau", got=f"shape {tuple(tau.shape)}", expected=f"u's shape, {tuple(u.shape)}")
-    return _clip(u.to(tau.dtype).unsqueeze(-2), tau.unsqueeze(-1))
+    return _gate(u.to(tau.dtype).unsqueeze(-2), tau.unsqueeze(-1), form)
 
 
-def _clip(u: Tensor, tau: Tensor) -> Tensor:
+def _gate(u: Tensor, tau: Tensor, form: str) -> Tensor:
     """Infinities decide by themselves: their difference would be NaN, and their gradient as well."""
     certain = torch.isinf(u) | torch.isinf(tau)
     fixed = torch.where(certain, (u > tau) | (u == torch.inf), False).to(tau.dtype)
     apart = torch.where(certain, 0.0, u) - torch.where(certain, 0.0, tau)
-    return torch.where(certain, fixed, apart.clamp(0, 1))
+    soft = apart.clamp(0, 1) if form == "sparsek" else apart.clamp(max=0).exp()
+    return torch.where(certain, fixed, soft)

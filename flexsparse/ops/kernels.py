@@ -1,21 +1,27 @@
-"""The causal operators on a GPU: one sort of the scores, and the kernels of ``codegen.kernels`` around it."""
+"""The operators on a GPU. Causal ones: one sort of the scores, and the kernels of ``codegen.kernels`` around it."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
-from flexsparse.codegen.kernels import staircase
+from flexsparse.codegen.kernels import long_rows, rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
 from flexsparse.codegen.kernels.events import counted_events, merged_events
 from flexsparse.errors import ShapeError
 from flexsparse.ops.causal import CausalSelection, Thresholds, bounds_of
-from flexsparse.ops.projection import result_dtype
+from flexsparse.ops.projection import Projected, result_dtype
 
 # Blocks of 512 keys are the second dimension of a launch, which CUDA limits to 65,535.
 _LONGEST = 1 << 24
+# A row of up to so many scores has one program; from so many rows on, one of up to four times as many.
+_ONE_PROGRAM = 8192
+_MANY_ROWS = 64
+_LONGEST_ROW = 1 << 30
 
 
 def select(
@@ -50,6 +56,30 @@ def threshold_gradient(
     """dL/du [R, S] in u's dtype from dL/dtau [R, S]."""
     grid, after = grids.quantize(u), min(after, u.shape[1])
     return threshold_kernels.threshold_gradient(grad.contiguous(), grid, floor, ceil, after, _bounds(segments), u.dtype)
+
+
+def project(z: Tensor, k: int) -> Projected:
+    """As ``ops.projection.project``, for contiguous rows [R, N]."""
+    gates, inside = rows.empty_gates(z, result_dtype(z))
+    if z.numel():
+        _form(z).gates_of_rows(z, min(k, z.shape[1]), gates, inside)
+    return Projected(gates, inside.view(torch.bool))
+
+
+def project_gradient(grad: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``ops.projection.project_gradient``, for contiguous rows [R, N]."""
+    found = torch.empty_like(grad, dtype=dtype)
+    if grad.numel():
+        _form(grad).flow_of_rows(grad, inside.view(torch.int8), found)
+    return found
+
+
+def _form(scores: Tensor) -> ModuleType:
+    """The kernels for rows of this number and length."""
+    count, size = scores.shape
+    if size >= _LONGEST_ROW:
+        raise ShapeError("z", got=f"{size} scores in a row", expected=f"fewer than {_LONGEST_ROW} on a GPU")
+    return rows if size <= _ONE_PROGRAM * (1 if count < _MANY_ROWS else 4) else long_rows
 
 
 def slot_table(found: CausalSelection, k: int, chunk: int) -> Tensor:

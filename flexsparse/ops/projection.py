@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flexsparse.errors import DtypeError, NonFiniteScoresError, PatternArgumentError, ShapeError
+from flexsparse.errors import DtypeError, GradientError, NonFiniteScoresError, PatternArgumentError, ShapeError
 from flexsparse.ops.range_search import Found
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,15 +21,18 @@ def sparsek(z: Tensor, k: int, dim: int = -1, *, validate: bool = True) -> Tenso
     is float32, or float64 for float64. -inf has gate 0 and is no candidate; +inf has gate 1, and beyond k of them
     the first k do. The gradient is ``(diag(s) - s s^T / |s|) g`` with s marking the gates strictly between 0 and
     1, and 0 where there are none.
-    Source of the operator: Lou, Jia, Zheng, Tu, arXiv 2406.16747.
+    Computed on a grid of exact integers: CPU and GPU give the same bits in every run. A GPU does not sort, and works
+    under CUDA graphs with ``validate=False``. ``torch.compile(fullgraph=True)`` and ``torch.func.vmap`` take it;
+    autocast does not change it. Source of the operator: Lou, Jia, Zheng, Tu, arXiv 2406.16747.
     Raises DtypeError, PatternArgumentError for k < 1, ShapeError for an empty ``dim``, NonFiniteScoresError for
-    NaN (one synchronisation on a GPU, switched off by ``validate=False``; then rows with NaN give NaN).
+    NaN (one synchronisation on a GPU, switched off by ``validate=False``; then rows with NaN give NaN), and
+    GradientError for a second derivative.
     """
     check_scores("z", z, k, validate)
     if z.shape[dim] == 0:
         raise ShapeError("z", got=f"size 0 along dim {dim}", expected="at least one score")
     rows = z.movedim(dim, -1)
-    gates: Tensor = _Sparsek.apply(rows.reshape(-1, rows.shape[-1]), k)
+    gates: Tensor = torch.ops.flexsparse.sparsek(rows.reshape(-1, rows.shape[-1]), k)[0]
     return gates.reshape(rows.shape).movedim(-1, dim)
 
 
@@ -137,34 +139,113 @@ def threshold(grid: Grid, found: Found, budget: Tensor, edge: Tensor) -> Thresho
     return Threshold(tau, floor, ceil)
 
 
-class _Sparsek(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, k: int) -> Tensor:
-        exact = z.double()
-        finite, ones = torch.isfinite(exact), exact == torch.inf
-        grid = on_grid(exact, finite)
-        # A budget beyond the row is the row, which also keeps the product small.
-        budget = (min(k, z.shape[1]) - ones.sum(1, keepdim=True)) * grid.unit
-        values, weights = events_of(grid, finite)
-        edge, order = values.sort(1, descending=True)
-        weight = weights.gather(1, order)
-        sum_weight, sum_moment = weight.cumsum(1), (weight * edge).cumsum(1)
-        reached = sum_moment - sum_weight * edge
-        position = (reached <= budget).long().sum(1, keepdim=True) - 1
-        at = position.clamp(min=0)
-        found = Found(position, sum_weight.gather(1, at), sum_moment.gather(1, at))
-        tau = threshold(grid, found, budget, edge)
-        inside = finite & (grid.values > tau.floor) & (grid.values - grid.unit < tau.ceil)
-        gates = torch.where(inside, exact - tau.tau, (finite & (grid.values > tau.floor)).double())
-        gates = torch.where(ones & (ones.cumsum(1) <= k), 1.0, gates.clamp(0, 1))
-        ctx.save_for_backward(inside)
-        ctx.dtype = z.dtype
-        return gates.masked_fill(torch.isnan(exact).any(1, keepdim=True), torch.nan).to(result_dtype(z))
+class Projected(NamedTuple):
+    gates: Tensor  # [R, N] float32, or float64 for float64
+    inside: Tensor  # [R, N] bool: the gates strictly between 0 and 1, which alone have a gradient
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        kept = torch.where(inside, grad, 0)
-        mean = kept.sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(inside, kept - mean, 0).to(ctx.dtype), None
+
+def project(z: Tensor, k: int) -> Projected:
+    """The gates of rows z [R, N], by sorting; ``ops.kernels.project`` gives the same bits without."""
+    exact = z.double()
+    finite, ones = torch.isfinite(exact), exact == torch.inf
+    grid = on_grid(exact, finite)
+    # A budget beyond the row is the row, which also keeps the product small.
+    budget = (min(k, z.shape[1]) - ones.sum(1, keepdim=True)) * grid.unit
+    values, weights = events_of(grid, finite)
+    edge, order = values.sort(1, descending=True)
+    weight = weights.gather(1, order)
+    sum_weight, sum_moment = weight.cumsum(1), (weight * edge).cumsum(1)
+    reached = sum_moment - sum_weight * edge
+    position = (reached <= budget).long().sum(1, keepdim=True) - 1
+    at = position.clamp(min=0)
+    found = Found(position, sum_weight.gather(1, at), sum_moment.gather(1, at))
+    tau = threshold(grid, found, budget, edge)
+    inside = finite & (grid.values > tau.floor) & (grid.values - grid.unit < tau.ceil)
+    gates = torch.where(inside, exact - tau.tau, (finite & (grid.values > tau.floor)).double())
+    gates = torch.where(ones & (ones.cumsum(1) <= k), 1.0, gates.clamp(0, 1))
+    return Projected(gates.masked_fill(torch.isnan(exact).any(1, keepdim=True), torch.nan).to(result_dtype(z)), inside)
+
+
+def project_gradient(grad: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """dL/dz [R, N] in ``dtype`` from dL/dgates [R, N]."""
+    kept = torch.where(inside, grad, 0).double()
+    mean = kept.sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(inside, kept - mean, 0).to(dtype)
+
+
+@torch.library.custom_op("flexsparse::sparsek", mutates_args=())
+def _sparsek(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Gates and inside of rows [R, N], as in ``Projected``."""
+    if z.is_cuda:
+        from flexsparse.ops import kernels
+
+        return kernels.project(z.contiguous(), k)
+    return project(z, k)
+
+
+@_sparsek.register_fake
+def _sparsek_shapes(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape, dtype=result_dtype(z)), z.new_empty(z.shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("flexsparse::sparsek_backward", mutates_args=())
+def _sparsek_backward(grad: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    if grad.is_cuda:
+        from flexsparse.ops import kernels
+
+        return kernels.project_gradient(grad.contiguous(), inside.contiguous(), dtype)
+    return project_gradient(grad, inside, dtype)
+
+
+@_sparsek_backward.register_fake
+def _sparsek_backward_shapes(grad: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    found = None
+    if grad is not None:
+        found = torch.ops.flexsparse.sparsek_backward(grad, ctx.saved_tensors[0], ctx.dtype)
+    return found, None
+
+
+def _refuse_second(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise GradientError(
+        "sparsek",
+        got="a second derivative of the gates in z",
+        expected="first derivatives only",
+        mend="The gradient is constant between the kinks of tau: detach it, or use create_graph=False.",
+    )
+
+
+_sparsek.register_autograd(_backward, setup_context=_save)
+_sparsek_backward.register_autograd(_refuse_second)
+
+
+def _mapped(info: Any, in_dims: tuple[int | None, None], z: Tensor, k: int) -> tuple[Any, Any]:
+    """A mapped dimension is a batch dimension like any other: it joins the rows."""
+    z = z.movedim(in_dims[0], 0) if in_dims[0] is not None else z.expand(info.batch_size, *z.shape)
+    made = torch.ops.flexsparse.sparsek(z.flatten(0, 1), k)
+    return tuple(x.unflatten(0, z.shape[:2]) for x in made), (0, 0)
+
+
+def _mapped_backward(
+    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, inside: Tensor, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    both = [
+        x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+        for x, dim in zip((grad, inside), in_dims, strict=False)
+    ]
+    found = torch.ops.flexsparse.sparsek_backward(*(x.flatten(0, 1) for x in both), dtype)
+    return found.unflatten(0, both[0].shape[:2]), 0
+
+
+torch.library.register_vmap(_sparsek, _mapped)
+torch.library.register_vmap(_sparsek_backward, _mapped_backward)

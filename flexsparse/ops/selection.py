@@ -34,7 +34,7 @@ def causal_sparsek(
     Raises DtypeError, ShapeError, PatternArgumentError, SegmentError, NonFiniteScoresError for NaN unless
     ``validate=False`` (then tau is NaN from that position of that row on), and GradientError for a second derivative.
     """
-    flat, rows = _prepare(u, k, after, segments, validate)
+    flat, rows = prepared_rows(u, k, after, segments, validate)
     tau, _, _, candidates, *_ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, False)
     return CausalThresholds(tau.reshape(u.shape), candidates.reshape(u.shape))
 
@@ -48,7 +48,7 @@ def causal_topk(
     Arguments and errors as in ``causal_sparsek``. On ties the earlier key stays; keys of -inf are never selected
     (death = birth). Not differentiable: gradients flow through the gates.
     """
-    flat, rows = _prepare(u, k, after, segments, validate)
+    flat, rows = prepared_rows(u, k, after, segments, validate)
     *_, birth, death, slot = torch.ops.flexsparse.causal_selection(flat, k, after, rows, False, True)
     return CausalSelection(*(x.reshape(u.shape) for x in (birth, death, slot)))
 
@@ -57,7 +57,7 @@ def causal_select(
     u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True
 ) -> tuple[CausalThresholds, CausalSelection]:
     """``causal_sparsek`` and ``causal_topk`` of the same scores, which sorts them once."""
-    flat, rows = _prepare(u, k, after, segments, validate)
+    flat, rows = prepared_rows(u, k, after, segments, validate)
     found = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, True)
     tau, _, _, candidates, birth, death, slot = (x.reshape(u.shape) for x in found)
     return CausalThresholds(tau, candidates), CausalSelection(birth, death, slot)
@@ -76,7 +76,9 @@ def slot_table(selection: CausalSelection, k: int, chunk: int) -> Tensor:
     return table.reshape(*shape[:-1], *table.shape[1:])
 
 
-def _prepare(u: Tensor, k: int, after: int, segments: Tensor | None, validate: bool) -> tuple[Tensor, Tensor | None]:
+def prepared_rows(
+    u: Tensor, k: int, after: int, segments: Tensor | None, validate: bool
+) -> tuple[Tensor, Tensor | None]:
     """Rows [R, S] of scores and of segment ids, after the checks."""
     check_scores("u", u, k, validate)
     check_integer("after", after, 0)

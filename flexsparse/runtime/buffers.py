@@ -13,6 +13,7 @@ from flexsparse.errors import CapturedError, ExpressionError
 from flexsparse.ir.program import Program, table_name
 from flexsparse.ir.text import text
 from flexsparse.ops.blocks import choose_blocks
+from flexsparse.ops.capped_softmax import causal_capped_softmax
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import causal_select, causal_topk
 from flexsparse.runtime.inputs import Shapes, refuse_beyond_keys
@@ -83,7 +84,11 @@ def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) ->
     if not gated:
         chosen = causal_topk(scores, selection.k, **arguments)
         return _lifetimes(number, chosen)
-    (tau, count), chosen = causal_select(scores, selection.k, **arguments)
+    if selection.gate == "capped_softmax":
+        tau, count = causal_capped_softmax(scores, selection.k, **arguments)
+        chosen = causal_topk(scores, selection.k, **arguments)
+    else:
+        (tau, count), chosen = causal_select(scores, selection.k, **arguments)
     made = _lifetimes(number, chosen)
     real = tau.dtype
     # A selected gate is at least 1 / (n - k + 1). Half of that leaves room for the rounding of u - tau,

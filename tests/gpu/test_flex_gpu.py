@@ -41,6 +41,7 @@ COMPOSITIONS: dict[str, tuple[Any, int]] = {
     "straight through": (P["sparsek"](48, gate="ste"), 300),
     "straight through the identity": (P["sparsek"](48, gate="ste_identity"), 300),
     "straight through a sigmoid": (P["sparsek"](48, gate="ste_sigmoid"), 300),
+    "capped softmax": (P["sparsek"](48, gate="capped_softmax"), 300),
     "two selections": (P["sparsek"](32) | P["sparsek"](16, scores="u", gate="v"), 300),
     "learned sinks": (WINDOW & P["learned_sinks"](), 513),
     "learned sinks on a hybrid": ((WINDOW | P["sparsek"](32, after=96)) & P["learned_sinks"](), 300),

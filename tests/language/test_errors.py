@@ -242,7 +242,7 @@ ARGUMENTS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: topk(2, gate="hard"),
         "topk(gate): got 'hard', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste', "
-        "'ste_identity', 'ste_sigmoid'.",
+        "'ste_identity', 'ste_sigmoid', 'capped_softmax'.",
     ),
     (
         lambda: topk(2, scores="key"),

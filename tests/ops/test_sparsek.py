@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexsparse.errors import DtypeError, NonFiniteScoresError, PatternArgumentError, ShapeError
+from flexsparse.errors import DtypeError, GradientError, NonFiniteScoresError, PatternArgumentError, ShapeError
 from flexsparse.ops import sparsek
 from tests.ops.regimes import FINITE, REGIMES, draw, grid_step
 from tests.twins import differentiable_gates, exact_gates, exact_tau
@@ -168,7 +168,7 @@ def test_gradient_has_the_scores_dtype() -> None:
 def test_second_derivative_is_refused() -> None:
     z = torch.randn(9, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad((sparsek(z, 3) ** 2).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(GradientError, match="sparsek: got a second derivative of the gates in z"):
         first.sum().backward()
 
 
@@ -218,6 +218,30 @@ def test_bad_input_is_refused_in_words(call: Callable[[], Any], error: type[Exce
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_pytorch_takes_it_as_an_operator_of_its_own() -> None:
+    z = torch.randn(3, 20, requires_grad=True)
+    torch.library.opcheck(torch.ops.flexsparse.sparsek.default, (z, 4))
+
+    def loss(x: Tensor) -> Tensor:
+        return (sparsek(x, 4, validate=False) * torch.arange(20)).sum()
+
+    found = [torch.autograd.grad(run(z), z)[0] for run in (loss, torch.compile(loss, fullgraph=True, backend="eager"))]
+    assert torch.equal(*found)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sparsek(z, 4), sparsek(z.detach(), 4))
+
+
+def test_vmap_is_a_batch_dimension_of_scores_and_of_gradients() -> None:
+    z, flow = torch.randn(2, 5, 3, 12), torch.randn(4, 2, 12)
+    got = torch.func.vmap(lambda x: sparsek(x, 3, dim=0, validate=False), in_dims=1)(z)
+    assert torch.equal(got, sparsek(z.movedim(1, 0), 3, dim=1))
+    leaf = torch.randn(2, 12, requires_grad=True)
+    gates = sparsek(leaf, 3)
+    (batch,) = torch.autograd.grad(gates, leaf, flow, is_grads_batched=True, retain_graph=True)
+    for one, g in zip(batch, flow, strict=True):
+        assert torch.equal(one, torch.autograd.grad(gates, leaf, g, retain_graph=True)[0])
 
 
 def test_no_rows_give_no_gates() -> None:

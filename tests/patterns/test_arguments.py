@@ -40,7 +40,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (
         lambda: P.sparsek(4, gate="soft"),
         "sparsek(gate): got 'soft', expected one of 'kv', 'k', 'v', 'logit', 'none', 'ste', "
-        "'ste_identity', 'ste_sigmoid'.",
+        "'ste_identity', 'ste_sigmoid', 'capped_softmax'.",
     ),
     (
         lambda: P.sparsek(4, scores="query"),

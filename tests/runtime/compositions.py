@@ -20,7 +20,7 @@ def hybrid(k: int, window: int, gate: str) -> Any:
     return CAUSAL & (P["sliding_window"](window) | P["sinks"](2) | topk(k, after=window, gate=gate))
 
 
-GATES = ("kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid")
+GATES = ("kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid", "capped_softmax")
 
 COMPOSITIONS: dict[str, Any] = {
     "full": FULL,

@@ -12,7 +12,7 @@ from torch import Tensor
 import flexsparse as fs
 from tests.helpers import Inputs, Result, assert_same_result, make_inputs, oracle, run
 from tests.runtime.naive import Key, gates_of, naive_attention
-from tests.twins import differentiable_gates
+from tests.twins import differentiable_gates, prefix_tau
 
 SIZE, K, WINDOW = 13, 3, 4
 GATES = ["kv", "k", "v", "logit", "none", "ste"]
@@ -53,6 +53,21 @@ def window(i: int) -> range:
 def test_selection_is_what_one_query_at_a_time_gives(gate: str) -> None:
     attend = naive(lambda u, i: [keys_with_gate(gate, j, m) for j, m in gates_of(u, K, i).items()])
     assert_same_result(run(oracle(f"sparsek({K}, gate='{gate}')"), inputs()), run(attend, inputs()))
+
+
+def test_the_capped_softmax_is_what_one_query_at_a_time_gives() -> None:
+    def see(u: Tensor, i: int) -> list[Key]:
+        tau = prefix_tau(u[: i + 1], K)
+        scores = u.tolist()
+        best = sorted(range(i + 1), key=lambda j: (-scores[j], j))[:K]
+        m = torch.where(u >= tau, 1.0, (u - tau).clamp(max=0).exp()) if i + 1 > K else torch.ones_like(u)
+        return [Key(j, on_k=m[j], on_v=m[j]) for j in best]
+
+    found = run(oracle(f"sparsek({K}, gate='capped_softmax')"), inputs())
+    assert_same_result(found, run(naive(see), inputs()))
+    learned = found.gradients["scores"]
+    assert learned is not None
+    assert float(learned.abs().max()) > 0
 
 
 def tau_of(prefix: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ from flexsparse.ops import kernels  # noqa: E402
 
 TYPES = {
     torch.int8: "*i8",
+    torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float32: "*fp32",
@@ -28,6 +29,8 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448}
 EXPECTED = {
     *("_row_grid", "_quantize", "_running_counts", "_merge", "_rank", "table", "outline", "refine", "walk"),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
+    *("_gates_of_rows", "_flow_of_rows", "_extents", "_section", "_keep", "_solve", "_gates_of_parts"),
+    *("_flow_sums", "_flow_of_parts"),
     *("_deaths", "_links", "_follow_inside", "_follow", "_place", "_newest", "_fill"),
 }
 
@@ -77,6 +80,11 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(capability: int, monkeypa
             kernels.slot_table(lived, 40, 16)
             points = torch.zeros(2, size, dtype=torch.long)
             kernels.threshold_gradient(u, u, points, points, 3, segments)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for shape in ((1, 300), (70, 20_000), (1, 40_000)):
+            z = torch.zeros(shape, dtype=dtype)
+            gates, inside = kernels.project(z, 3)
+            kernels.project_gradient(gates, inside, dtype)
     assert {variant[0] for variant in compiled} == EXPECTED
     for variant, made in compiled.items():
         assert made.metadata.shared <= SHARED_MEMORY[capability], variant
