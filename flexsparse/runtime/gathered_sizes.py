@@ -63,11 +63,15 @@ _ROWS = ("forward", "query")
 
 
 def shared_bytes(kernel: str, sizes: Sizes, shapes: Shapes) -> int:
-    """The shared memory of a kernel: rows that stay, rows that come in ``stages`` buffers, and a tile of weights."""
+    """The shared memory of a kernel, bytes: rows that stay, rows that come in ``stages`` buffers, and what is turned."""
+    widest = max(padded(shapes.head_dim), padded(shapes.value_dim))
     features = padded(shapes.head_dim) + padded(shapes.value_dim)
-    stays = {"forward": CHUNK * padded(shapes.head_dim), "query": CHUNK * features}.get(kernel, sizes.keys * features)
-    comes = (sizes.keys if kernel in _ROWS else sizes.queries) * features
-    return (stays + sizes.stages * comes) * shapes.dtype.itemsize + _SLACK
+    if kernel in _ROWS:
+        stays = CHUNK * (padded(shapes.head_dim) if kernel == "forward" else features)
+        comes, turned = sizes.keys * features, 0
+    else:
+        stays, comes, turned = sizes.keys * features, sizes.queries * features, sizes.keys * widest
+    return (stays + sizes.stages * comes + turned) * shapes.dtype.itemsize + _SLACK
 
 
 @functools.lru_cache
