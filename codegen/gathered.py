@@ -25,7 +25,6 @@ from types import ModuleType
 
 from flexsparse.codegen.gathered_template import MODULE, attend, gradient_of_keys, gradient_of_query
 from flexsparse.codegen.triton_text import TritonText
-from flexsparse.ir.canonical import canonical
 from flexsparse.ir.derivative import derivative
 from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
 from flexsparse.ir.program import Gate, Program, Selected
@@ -60,6 +59,11 @@ class GatheredSource:
     gated: tuple[int, ...]
     slot_gates: Mapping[int, tuple[int, ...]]
     shifted: tuple[int, ...]
+
+
+def can_gather(program: Program) -> bool:
+    """Whether the pattern selects keys, and everything in it can be printed into kernels."""
+    return bool(program.selections) and not program.chosen and not program.opaque
 
 
 def near_mask(program: Program) -> Node:
@@ -128,6 +132,9 @@ def _parts(program: Program) -> dict[str, _Part]:
 
 def _possible(near: Node, after: int) -> list[Node]:
     """The operands of a near mask that can hold for a key which is ``after`` queries old or older."""
+    # It brings sympy, for which a block mask need not wait.
+    from flexsparse.ir.canonical import canonical
+
     old = Apply("le", (Apply("add", (Symbol("kv"), Constant(after))), Symbol("q")))
     return [part for part in _operands("or", near) if canonical(Apply("and", (part, old))) != FALSE]
 

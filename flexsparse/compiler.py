@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.codegen.flex import opaque_functions
-from flexsparse.codegen.gathered import gathered_source
+from flexsparse.codegen.gathered import can_gather, gathered_source
 from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.explanation import Explanation
@@ -32,7 +32,7 @@ from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
 
-STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "plan")
+STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "kernels", "plan")
 
 
 def compile(
@@ -48,11 +48,12 @@ def compile(
 ) -> CompiledAttention:
     """Compile an attention pattern, given as an expression or as text. Touches no device and no shape.
 
-    ``backend``: "auto" takes compiled FlexAttention on CUDA and the chunked path on CPU; or "flex", "flex_eager"
-    (uncompiled and dense, for debugging), "chunked", "reference". Nothing else is ever used in place of it, unless
+    ``backend``: "auto" takes our kernels on CUDA where keys are selected ("gather": linear in length, gradients in a
+    fixed order), else compiled FlexAttention ("flex"), and the chunked path on CPU ("chunked"); or "flex_eager"
+    (uncompiled and dense, for debugging) or "reference". Nothing else is ever used in place of it, unless
     ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a warning.
-    ``deterministic``: how captured tensors and scores get gradients on CUDA. True recomputes all of them in a
-    fixed order; False leaves all to FlexAttention, which adds with atomics; None recomputes those of learnable
+    ``deterministic``: how captured tensors and scores get gradients through FlexAttention. True recomputes all of them
+    in a fixed order; False leaves all to FlexAttention, which adds with atomics; None recomputes those of learnable
     tensors and leaves those of selection scores. ``block_size`` is the tile size of the block mask, in tokens.
     ``kernel_options`` go to flex_attention. ``dynamic=False`` builds a kernel for each length instead of one for
     many. ``recompile_budget`` bounds the builds of a pattern; past it a call raises, and never runs eagerly.
@@ -268,7 +269,10 @@ class CompiledAttention:
         return (self.bind(**shapes) if shapes else self._last()).explain(hardware)
 
     def code(self, stage: str) -> str:
-        """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod" or "plan"."""
+        """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod", "kernels" or "plan".
+
+        "kernels" is the Triton module of backend="gather"; "plan" wants shapes, by a call or ``bind``.
+        """
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
@@ -280,6 +284,10 @@ class CompiledAttention:
             return str(self.explain())
         if stage == "source":
             return self.source
+        if stage == "kernels":
+            if not can_gather(self.ir):
+                return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
+            return gathered_source(self.ir, str(self._expression)).text
         return self._compiled.generated.function_source(stage)
 
     def _last(self) -> BoundAttention:

@@ -41,6 +41,7 @@ class Explanation:
             "tiles": None if tiles is None else _tiles_dict(tiles),
             "mask": {name: getattr(self.plan, f"mask_{name}") for name in ("rows", "heads")}
             | {"distinct_heads": self.plan.distinct_heads},
+            "gathered_keys": self.plan.gathered,
             "flex_calls": self.plan.calls if self.plan.backend.startswith("flex") else 0,
             "forward_flops": self.plan.flops,
             "candidates": [
@@ -76,6 +77,8 @@ class Explanation:
                 "exact" if not tiles.undecided else f"sound; {tiles.undecided:,} partial tiles could not be proved so"
             )
             lines.append(f"classes   {exact}")
+            if self.plan.gathered:
+                lines.append(f"gathered  {self.plan.gathered:,} selected keys a query, besides those tiles")
             lines.append(f"work      {self.plan.flops or 0:.3g} floating-point operations forward, in whole tiles")
         if self.cost is not None:
             lines.append(f"cost      {self.cost}")

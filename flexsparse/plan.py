@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flexsparse import _torch
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
+from flexsparse.codegen.gathered import near_mask
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant
 from flexsparse.ir.program import Program
@@ -122,13 +123,14 @@ def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles
     """The plan of the backend that ``choose`` takes; ``tiles`` are those that it reads. Raises as ``choose`` does."""
     chosen, candidates = choose(program, shapes, settings)
     gated = program.gate_v != Constant(1.0)
-    distinct_heads = len(set(first_alike(program.mask, program.tables, shapes.heads)))
+    mask = near_mask(program) if chosen == "gather" else program.mask
+    distinct_heads = len(set(first_alike(mask, program.tables, shapes.heads)))
     return Plan(
         backend=chosen,
         shapes=shapes,
         calls=2 if gated and chosen.startswith("flex") else 1,
         tiles=None if tiles is None else count_tiles(tiles),
-        mask_rows=shapes.batch if depends_on(program.mask, "b") else 1,
+        mask_rows=shapes.batch if depends_on(mask, "b") else 1,
         mask_heads=shapes.heads if distinct_heads > 1 else 1,
         distinct_heads=distinct_heads,
         gathered=sum(min(s.k, shapes.kv_len) + CHUNK for s in program.selections) if chosen == "gather" else 0,
@@ -202,6 +204,13 @@ def _notes(
     notes = []
     if chosen == "chunked" and shapes.device.type == "cpu" and settings.backend == "auto":
         notes.append("CPU: FlexAttention cannot train here, so the exact chunked path runs.")
+    if chosen == "gather":
+        notes.append(
+            f"{CHUNK} queries share the keys in the slots as their chunk starts, and those that enter inside it; no "
+            "key counts twice."
+        )
+        if shapes.needs_grad:
+            notes.append("All gradients are summed in a fixed order, without atomics: bit-identical between runs.")
     if gated and chosen.startswith("flex"):
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
     if program.has_sink and chosen.startswith("flex"):
@@ -228,7 +237,7 @@ def _notes(
             f"{function_name(leaf.function)} could not be traced ({leaf.reason}): it runs as it is, but its tiles are "
             "judged from single elements, and simplification, pictures of its parts and fast block masks are lost."
         )
-    if program.selections:
+    if program.selections and chosen != "gather":
         notes.append("Tiles depend on the scores: they are classified at each call.")
     if program.chosen:
         notes.append(
@@ -239,6 +248,6 @@ def _notes(
             "A selection that depends on the query carries no eviction certificate: any key may be chosen again, so "
             "generation must keep them all."
         )
-    if not depends_on(program.mask, "b") and distinct_heads == 1:
+    if chosen != "gather" and not depends_on(program.mask, "b") and distinct_heads == 1:
         notes.append("The mask does not depend on batch or head: one block mask serves all.")
     return tuple(notes)

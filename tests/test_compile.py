@@ -61,7 +61,7 @@ def test_equal_patterns_share_one_compilation() -> None:
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     (
         {"backend": "chunkd"},
-        "backend: got 'chunkd', expected one of 'auto', 'flex', 'flex_eager', 'chunked', 'reference'. "
+        "backend: got 'chunkd', expected one of 'auto', 'gather', 'flex', 'flex_eager', 'chunked', 'reference'. "
         "Did you mean 'chunked'?",
     ),
     ({"fallback": "dense"}, "fallback: got 'dense', expected None or 'reference'."),
@@ -83,7 +83,7 @@ def test_unknown_stage_is_refused() -> None:
     with pytest.raises(SettingError) as caught:
         fs.compile("causal").code("scoremod")
     assert str(caught.value) == (
-        "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'plan'. "
+        "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'kernels', 'plan'. "
         "Did you mean 'score_mod'?"
     )
 
@@ -112,13 +112,11 @@ def test_bind_makes_the_plan_without_tensors() -> None:
 
 
 def test_a_plan_for_a_gpu_is_made_without_one() -> None:
-    plan = (
-        fs.compile("causal & (sliding_window(64) | sparsek(8, after=64))")
-        .bind(q_len=512, head_dim=64, device="cuda", needs_grad=True)
-        .plan
-    )
-    assert plan.backend == "flex"
-    assert plan.calls == 2
+    text = "causal & (sliding_window(64) | sparsek(8, after=64))"
+    for backend, chosen, calls in (("auto", "gather", 1), ("flex", "flex", 2)):
+        plan = fs.compile(text, backend=backend).bind(q_len=512, head_dim=64, device="cuda", needs_grad=True).plan
+        assert plan.backend == chosen
+        assert plan.calls == calls
     assert fs.compile("causal").bind(q_len=512, head_dim=64, device="cuda").plan.tiles is not None
 
 

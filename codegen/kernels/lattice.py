@@ -201,22 +201,24 @@ def refine(
         last_moment = tl.zeros([1, BLOCK, FACTOR], tl.int64)
         own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
         own_moment = tl.zeros([BLOCK, FACTOR], tl.int64)
-        for first in tl.range(0, tl.maximum(bucket, chunk), BLOCK, loop_unroll_factor=UNROLL):
-            inside = first + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
-            o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
-            m_event = (inside < bucket) & (o_event < events)
-            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
-            key = part[None, :] * chunk + inside
-            m_key = (inside < chunk) & (key < times)
-            own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
-            own_weight += own_w
-            own_moment += own_m
-            earlier_weight, earlier_moment = _earlier(time, w, m, t)
-            weight += earlier_weight
-            moment += earlier_moment
-            earlier_weight, earlier_moment = _earlier(time, w, m, last_t)
-            last_weight += earlier_weight
-            last_moment += earlier_moment
+        # Unrolled by hand: the loop's own option came with Triton 3.2.
+        for first in range(0, tl.maximum(bucket, chunk), BLOCK * UNROLL):
+            for step in tl.static_range(UNROLL):
+                inside = first + step * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
+                o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
+                m_event = (inside < bucket) & (o_event < events)
+                time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
+                key = part[None, :] * chunk + inside
+                m_key = (inside < chunk) & (key < times)
+                own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
+                own_weight += own_w
+                own_moment += own_m
+                earlier_weight, earlier_moment = _earlier(time, w, m, t)
+                weight += earlier_weight
+                moment += earlier_moment
+                earlier_weight, earlier_moment = _earlier(time, w, m, last_t)
+                last_weight += earlier_weight
+                last_moment += earlier_moment
         first_weight, first_moment = tl.load(p_weight + cell), tl.load(p_moment + cell)
         own_w, own_m = tl.sum(own_weight, 0), tl.sum(own_moment, 0)
         highest, upto_weight, upto_moment = _parts_reached(

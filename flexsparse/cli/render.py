@@ -178,7 +178,9 @@ def explanation(found: Explanation, tiles: str) -> RenderableType:
     work = "depends on the call" if plan.flops is None else f"{plan.flops:.3g} operations forward, in whole tiles"
     mask_text = f"{plan.mask_rows} row(s) x {plan.mask_heads} head(s) of tiles are kept{plan.heads_alike}"
     rows: list[tuple[str, str | Text]] = [("pattern", Text(found.pattern, "bold")), ("shapes", operands)]
-    after: list[tuple[str, str | Text]] = [("tiles", tiles), ("work", work), ("mask", mask_text)]
+    gathered = f"{plan.gathered:,} selected keys a query, besides those tiles" if plan.gathered else ""
+    after: list[tuple[str, str | Text]] = [("tiles", tiles), ("keys", gathered), ("work", work), ("mask", mask_text)]
+    after = [fact for fact in after if fact[1]]
     if found.cost is not None:
         after.append(("cost", str(found.cost)))
     after += [("note", note) for note in plan.notes]

@@ -63,7 +63,7 @@ _ROWS = ("forward", "query")
 
 
 def shared_bytes(kernel: str, sizes: Sizes, shapes: Shapes) -> int:
-    """The shared memory of a kernel, bytes: rows that stay, rows that come in ``stages`` buffers, and what is turned."""
+    """The shared memory of a kernel in bytes: rows that stay, rows that come in ``stages`` buffers, a turned tile."""
     widest = max(padded(shapes.head_dim), padded(shapes.value_dim))
     features = padded(shapes.head_dim) + padded(shapes.value_dim)
     if kernel in _ROWS:

@@ -98,10 +98,12 @@ def test_show_says_what_is_made_up(invoke: Invoke) -> None:
 def test_explain_gives_reasons(invoke: Invoke) -> None:
     arguments = ("explain", "sparsek_window(16, 32)", "--length", "512", "--grad", "--device", "cuda")
     answer = invoke(*arguments)
-    assert "> flex" in answer.out
-    assert "on example tensors, seed 0" in " ".join(answer.out.split())
+    assert "> gather" in answer.out
+    assert "80 selected keys a query" in " ".join(answer.out.split())
+    flex = invoke(*arguments, "--backend", "flex")
+    assert "on example tensors, seed 0" in " ".join(flex.out.split())
     data = json.loads(invoke(*arguments, "--json").out)
-    assert data["backend"] == "flex"
+    assert data["backend"] == "gather"
     assert data["shapes"]["device"] == "cuda"
     assert data["shapes"]["needs_grad"] is True
     on_cpu = json.loads(invoke("explain", "causal()", "--json").out)
@@ -109,7 +111,7 @@ def test_explain_gives_reasons(invoke: Invoke) -> None:
     assert on_cpu["tiles"]["full"] > 0
 
 
-@pytest.mark.parametrize("stage", ["expr", "ir", "source", "mask_mod", "score_mod"])
+@pytest.mark.parametrize("stage", ["expr", "ir", "source", "mask_mod", "score_mod", "kernels"])
 def test_code_in_a_pipe_is_the_code(stage: str, invoke: Invoke) -> None:
     expected = flexsparse.compile(HYBRID).code(stage)
     assert invoke("code", HYBRID, "--stage", stage).out == expected + "\n" * (not expected.endswith("\n"))
