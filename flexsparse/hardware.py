@@ -32,8 +32,8 @@ class Hardware:
 
 _DATASHEET = "rates of the vendor's data sheet; shares of the H200, not measured on this device"
 # Fitted to the kernel times of the full and window rows of benchmarks/results/flex_kernels_h200.json: a full tile takes
-# 20.5 ns of the H200, a partial one 55 ns. A partial tile pays for its mask twice over.
-_SHARES = {"full_share": 0.415, "partial_share": 0.155, "launch_us": 10.0}
+# 19.5 ns of the H200, a partial one 37.6 ns.
+_SHARES = {"full_share": 0.436, "partial_share": 0.227, "launch_us": 10.0}
 
 DEVICES = {
     h.name: h
