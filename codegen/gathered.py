@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from flexsparse.codegen.gathered_template import MODULE, attend, gradient_of_keys, gradient_of_query
+from flexsparse.codegen.gathering.module import module_text
+from flexsparse.codegen.gathering.tiles import attend, gradient_of_keys, gradient_of_query
 from flexsparse.codegen.triton_text import TritonText
 from flexsparse.ir.derivative import derivative
 from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
@@ -241,7 +242,9 @@ def gathered_source(program: Program, title: str) -> GatheredSource:
     }
     names = dict.fromkeys(n.tensor for e in program.expressions.values() for n in walk(e) if isinstance(n, Load))
     captured = tuple((spec.name, len(spec.dims)) for spec in names if spec.name not in program.sink_only)
-    text = MODULE(title, blocks, captured, tuple(printer.text.numbers), len(program.selections), slot_gates, shifted)
+    text = module_text(
+        title, blocks, captured, tuple(printer.text.numbers), len(program.selections), slot_gates, shifted
+    )
     return GatheredSource(text, captured, dict(printer.text.numbers), tuple(gated), slot_gates, tuple(shifted))
 
 

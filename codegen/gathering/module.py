@@ -1,0 +1,318 @@
+"""The whole module: helpers, loops over the parts of a chunk's keys, and the kernels with their parameters.
+
+Indices beyond the ends are clamped, so that no look-up leaves its tensor, and hidden by masks.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, known, slot_gradient, taken_over
+from flexsparse.codegen.gathering.tiles import Lines
+
+_HELPERS = '''
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def floordiv(a, b):
+    """Division that rounds down, as Python's."""
+    whole = a // b
+    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), whole - 1, whole)
+
+
+@triton.jit
+def floormod(a, b):
+    return a - floordiv(a, b) * b
+
+
+@triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def clipped(x, least):
+    """x in [least, 1], NaN where it is NaN."""
+    return tl.maximum(tl.minimum(x, 1.0, tl.PropagateNan.ALL), least, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Rows by index, [len(index), PADDED]."""
+    at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
+    if SIZE == PADDED:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=feature[None, :] < SIZE, other=0.0)
+    return found
+
+
+@triton.jit
+def row_products(
+    p_out, p_d_out, stride_ob, stride_oh, stride_os, p_d_lse, p_delta, length, heads,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What every key's gradient is measured against: the product of each row of out with its gradient, less d_lse."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m_row = row < length
+    at = (b * heads + h) * length + row
+    row = tl.minimum(row, length - 1)
+    feature = tl.arange(0, BLOCK_V)
+    out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V)
+    d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse + at, mask=m_row, other=0.0)
+    tl.store(p_delta + at, delta, mask=m_row)
+
+
+@triton.jit
+def put_rows(p_base, index, stride, feature, x, m_row, SIZE: tl.constexpr):
+    at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
+    tl.store(at, x.to(p_base.dtype.element_ty), mask=m_row[:, None] & (feature[None, :] < SIZE))
+'''
+
+_ROWS = (
+    """
+chunk = tl.program_id(0)
+h = tl.program_id(1)
+b = tl.program_id(2).to(tl.int64)
+kv_head = h // group
+start = chunk * BLOCK_M
+"""
+    + INDICES
+    + """
+row = tl.minimum(start + tl.arange(0, BLOCK_M), length - 1)
+m_row = start + tl.arange(0, BLOCK_M) < length
+q = row[:, None]
+at = (b * heads + h) * length + row
+key_at = b * stride_kb + kv_head * stride_kh
+value_at = b * stride_vb + kv_head * stride_vh
+query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)
+"""
+)
+
+
+def _near_loop(name: str, body: Lines) -> Lines:
+    """All tiles of one list of a chunk; a tile of the block mask is BLOCK_M keys wide."""
+    edge = ["seen = (column < length)[None, :]", "column = tl.minimum(column, length - 1)"] if name == "near" else []
+    return [
+        f"# {'Tiles whose every pair' if name == 'full' else 'Tiles of which some pairs'} the pattern allows anyway.",
+        f"for step in range(tl.load(p_{name}_count + b * count_b + h * count_h + chunk) * (BLOCK_M // BLOCK_N)):",
+        f"    tile = tl.load(p_{name}_index + b * index_b + h * index_h + chunk * index_row + "
+        "step // (BLOCK_M // BLOCK_N))",
+        "    column = tile * BLOCK_M + step % (BLOCK_M // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)",
+        *(f"    {line}" for line in edge),
+        "    kv = column[None, :]",
+        *(f"    {line}" for line in body),
+    ]
+
+
+def _selected_loops(n: str, body: Lines) -> Lines:
+    head = f"(b * heads_{n} + h // group_{n})"
+    inner = [f"    {line}" for line in body]
+    return [
+        f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
+        f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
+        "    slot = first + tl.arange(0, BLOCK_N)",
+        f"    column = tl.load(p_slots_{n} + ({head} * n_chunks + chunk) * k_{n} + slot, mask=slot < k_{n}, other=-1)",
+        "    m_key = column >= 0",
+        "    column = tl.maximum(column, 0)",
+        "    kv = column[None, :]",
+        f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
+        "    seen = q < gone",
+        *inner,
+        f"# Selection {n}: the keys that enter inside the chunk.",
+        f"for first in range(start + 1 - after_{n}, start + BLOCK_M - after_{n}, BLOCK_N):",
+        "    column = first + tl.arange(0, BLOCK_N)",
+        "    m_key = (column >= 0) & (column < length)",
+        "    column = tl.minimum(tl.maximum(column, 0), length - 1)",
+        "    kv = column[None, :]",
+        f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
+        f"    seen = (kv + after_{n} <= q) & (q < gone)",
+        *inner,
+    ]
+
+
+def _row_loops(blocks: Mapping[tuple[str, str], Lines], way: str) -> Lines:
+    lines: Lines = []
+    for (of, name), body in blocks.items():
+        if of != way:
+            continue
+        kind, _, number = name.partition(" ")
+        lines += _selected_loops(number, body) if kind == "selected" else _near_loop(kind, body)
+    return lines
+
+
+def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
+    """For a tile of keys and a head: the chunks that see it near, and those inside which its keys enter."""
+    lines: Lines = []
+    for (of, name), body in blocks.items():
+        if of != "keys":
+            continue
+        kind, _, n = name.partition(" ")
+        inner = [f"    {line}" for line in body]
+        if kind == "selected":
+            lines += [
+                f"# Selection {n}: the chunks inside which these keys enter it.",
+                f"begin = tl.maximum(first + after_{n}, 0) // BLOCK_M",
+                f"end = tl.minimum((first + BLOCK_N - 1 + after_{n}) // BLOCK_M + 1, n_chunks)",
+                f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + kv)",
+                "gone = tl.where(m_column[:, None], gone, 0)",
+                "for step in range(begin * (BLOCK_M // BLOCK_Q), end * (BLOCK_M // BLOCK_Q)):",
+                "    first_row = step * BLOCK_Q",
+                "    start = step // (BLOCK_M // BLOCK_Q) * BLOCK_M",
+                *(known(inner, f"(kv + after_{n} <= q) & (q < gone) & (kv + after_{n} > start)")),
+            ]
+        else:
+            lines += [
+                f"count = tl.load(p_{kind}_count + b * count_b + h * count_h + first // BLOCK_M)",
+                f"tiles = p_{kind}_index + b * index_b + h * index_h + first // BLOCK_M * index_row",
+                "for step in range(count * (BLOCK_M // BLOCK_Q)):",
+                "    first_row = tl.load(tiles + step // (BLOCK_M // BLOCK_Q)) * BLOCK_M",
+                "    first_row += step % (BLOCK_M // BLOCK_Q) * BLOCK_Q",
+                *inner,
+            ]
+    return lines
+
+
+def module_text(
+    title: str,
+    blocks: Mapping[tuple[str, str], Lines],
+    captured: Sequence[tuple[str, int]],
+    numbers: Sequence[str],
+    selections: int,
+    gated: Mapping[int, Sequence[int]],
+    shifted: Sequence[int],
+) -> str:
+    """The text of the module with all kernels.
+
+    ``gated``: for each selection, the selections whose gates its gathered keys have; ``shifted``: those of all whose
+    gates fall with tau.
+    """
+    every = range(selections)
+    all_gated = sorted({m for own in gated.values() for m in own})
+    pattern = ["scale", "length", "heads", "group", "n_chunks"]
+    for n in every:
+        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_slots_{n}", f"p_next_{n}"]
+        pattern += [f"heads_{n}", f"group_{n}", f"k_{n}", f"after_{n}"]
+        pattern += [f"p_u_{n}"] * (n in all_gated) + [f"p_tau_{n}", f"p_least_{n}"] * (n in shifted)
+    for name, dims in captured:
+        pattern += [f"p_{name}", *(f"{name}_stride_{d}" for d in range(dims))]
+    pattern += numbers
+    strides = [f"stride_{of}{dim}" for of in "qkv" for dim in "bhs"]
+    lists = ["p_near_count", "p_near_index", "p_full_count", "p_full_index", "count_b", "count_h"]
+    lists += ["index_b", "index_h", "index_row"]
+    operands = ["p_query", "p_key", "p_value", *strides, *pattern]
+    gradients = ["p_d_out", "stride_ob", "stride_oh", "stride_os", "p_level", "p_share", "p_delta"]
+    constants = ["HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V", "BLOCK_M", "BLOCK_Q", "BLOCK_N", "PRECISION"]
+
+    def kernel(name: str, about: str, parameters: Sequence[str], body: str, more: Sequence[str] = ()) -> str:
+        listed = ", ".join([*parameters, *(f"{c}: tl.constexpr" for c in (*constants, *more))])
+        signature = textwrap.fill(listed, 110, initial_indent="    ", subsequent_indent="    ")
+        return f'@triton.jit\ndef {name}(\n{signature},\n):\n    """{about}"""\n{indented(body.splitlines())}\n'
+
+    forward = (
+        _ROWS
+        + 'top = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
+        + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
+        + "\n".join(_row_loops(blocks, "forward"))
+        + """
+some = total > 0.0
+out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)
+lse = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+# The backward pass has p = exp(score - level) * share from these, without the rounding of lse.
+tl.store(p_level + at, tl.where(some, top, 0.0), mask=m_row)
+tl.store(p_share + at, tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0), mask=m_row)
+put_rows(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, value_feature, out, m_row, VALUE_DIM)
+tl.store(p_lse + at, lse, mask=m_row)
+"""
+    )
+    query = (
+        _ROWS
+        + """
+d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)
+level = tl.load(p_level + at)
+share = tl.load(p_share + at)
+delta = tl.load(p_delta + at)
+d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+"""
+        + "".join(f"d_tau_{n} = tl.zeros([BLOCK_M], tl.float32)\n" for n in shifted)
+        + "\n".join(_row_loops(blocks, "query"))
+        + "\nbase = (b * heads + h) * length * HEAD_DIM\n"
+        + "put_rows(p_d_query + base, row, HEAD_DIM, feature, d_query * scale, m_row, HEAD_DIM)\n"
+        + "".join(f"tl.store(p_d_tau_{n} + at, d_tau_{n}, mask=m_row)\n" for n in shifted)
+    )
+    keys = (
+        """
+first = tl.program_id(0) * BLOCK_N
+kv_head = tl.program_id(1)
+b = tl.program_id(2).to(tl.int64)
+"""
+        + INDICES
+        + """
+column = tl.minimum(first + tl.arange(0, BLOCK_N), length - 1)
+m_column = first + tl.arange(0, BLOCK_N) < length
+kv = column[:, None]
+key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, BLOCK_D)
+value = rows_of(p_value + b * stride_vb + kv_head * stride_vh, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)
+d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+"""
+        + "".join(f"d_u_{n} = tl.zeros([BLOCK_N], tl.float32)\n" for n in all_gated)
+        + "for member in range(group):\n    h = kv_head * group + member\n"
+        + indented(_key_loops(blocks))
+        + "\nd_key = d_key * scale\npair = (b * (heads // group) + kv_head) * length\n"
+        + "".join(taken_over(n, gated[n]) for n in every)
+        + "put_rows(p_d_key + pair * HEAD_DIM, column, HEAD_DIM, feature, d_key, m_column, HEAD_DIM)\n"
+        + "put_rows(p_d_value + pair * VALUE_DIM, column, VALUE_DIM, value_feature, d_value, m_column, VALUE_DIM)\n"
+        + "".join(f"tl.store(p_d_u_{n} + pair + column, d_u_{n}, mask=m_column)\n" for n in all_gated)
+    )
+    parts = [f"p_part_key_{n}" for n in every] + [f"p_part_value_{n}" for n in every]
+    parts += [f"p_part_u_{n}_{m}" for n in every for m in gated[n]]
+    d_u = [f"p_d_u_{n}" for n in all_gated]
+    kernels = [
+        kernel(
+            "forward",
+            "Output and lse of one chunk of queries.",
+            [*operands, *lists, "p_out", "p_lse", "p_level", "p_share"],
+            forward,
+        ),
+        kernel(
+            "query_gradient",
+            "Gradients of one chunk's queries, and of their thresholds.",
+            [*operands, *lists, *gradients, "p_d_query", *(f"p_d_tau_{n}" for n in shifted)],
+            query,
+        ),
+        kernel(
+            "key_gradient",
+            "Gradients of one tile of keys: from near queries, and what the slots gathered is added.",
+            [*operands, *lists, *gradients, *parts, "p_d_key", "p_d_value", *d_u],
+            keys,
+        ),
+    ]
+    for n in every:
+        own = [f"p_part_u_{n}_{m}" for m in gated[n]]
+        kernels.append(
+            kernel(
+                f"slot_gradient_{n}",
+                "Gradients of the keys in a block of slots, along a span of chunks; a key's are written as it leaves.",
+                [*operands, *gradients, "kv_heads", "span", f"p_part_key_{n}", f"p_part_value_{n}", "p_ends", *own],
+                slot_gradient(n, blocks["keys", f"selected {n}"], gated[n]),
+                ["SPANS"],
+            )
+        )
+        kernels.append(
+            kernel(
+                f"join_spans_{n}",
+                "Adds up the gradients of keys that stay in their slot from span to span.",
+                [*operands, "kv_heads", "span", f"p_part_key_{n}", f"p_part_value_{n}", "p_ends", *own],
+                join_spans(n, gated[n]),
+                ["SPANS"],
+            )
+        )
+    about = f'"""{title}: kernels that gather, as flexsparse generated them."""'
+    head = f"{about}\n\nimport triton\nimport triton.language as tl\n"
+    return head + _HELPERS + "".join(f"\n\n{text}" for text in kernels)

@@ -1,0 +1,90 @@
+"""What one tile adds to a kernel: to the softmax of its rows, or to the gradients of queries or keys.
+
+Tiles are [BLOCK_M, BLOCK_N], queries by keys, and [BLOCK_N, BLOCK_Q] where gradients of keys are summed; ``q`` and
+``kv`` are shaped to broadcast to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Lines = list[str]
+
+
+def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool) -> Lines:
+    lines = [f"raw = tl.dot({product}, input_precision=PRECISION) * scale", *printer.loads(part, slopes)]
+    lines += printer.score(part)
+    conditions = [] if kind == "full" else ["seen"]
+    text = printer.seen(part)
+    conditions += [f"({text})"] if text else []
+    if conditions:
+        lines.append(f'score = tl.where({" & ".join(conditions)}, score, float("-inf"))')
+    return lines
+
+
+def attend(printer: Any, part: Any, kind: str) -> Lines:
+    """One tile of keys joins the softmax of the rows; wants ``column``, ``kv``, and ``seen`` of all but full tiles."""
+    gate = printer.value_gate(part)
+    return [
+        "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
+        "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
+        *_scores(printer, part, kind, "query, tl.trans(key)", False),
+        "higher = tl.maximum(top, tl.max(score, 1))",
+        "# Rows that have seen no key yet stay at -inf.",
+        'level = tl.where(higher == float("-inf"), 0.0, higher)',
+        "p = tl.exp2((score - level[:, None]) * LOG2E)",
+        "shrink = tl.exp2((top - level) * LOG2E)",
+        "total = total * shrink + tl.sum(p, 1)",
+        *([f"p = p * ({gate})"] if gate else []),
+        "out = tl.dot(p.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)",
+        "top = higher",
+    ]
+
+
+def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
+    """What one tile of keys adds to the gradients of the rows' query and thresholds."""
+    gate = printer.value_gate(part)
+    return [
+        "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
+        "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
+        *_scores(printer, part, kind, "query, tl.trans(key)", True),
+        "p = tl.exp2((score - level[:, None]) * LOG2E) * share[:, None]",
+        "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
+        "d_gate_v = p * d_p",
+        f"d_score = p * (d_p * ({gate}) - delta[:, None])" if gate else "d_score = p * (d_p - delta[:, None])",
+        *printer.slopes(part),
+        *(f"d_tau_{g.number} -= tl.sum(d_x_{g.number}, 1)" for g in part.gates if g.through != "ste_identity"),
+        "d_query = tl.dot(d_raw.to(key.dtype), key, d_query, input_precision=PRECISION)",
+    ]
+
+
+def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
+    """What one chunk of queries of head ``h`` adds to the gradients of a tile's keys, values and scores."""
+    gate = printer.value_gate(part)
+    return [
+        "row = first_row + tl.arange(0, BLOCK_Q)",
+        "m_row = row < length",
+        "row = tl.minimum(row, length - 1)",
+        "q = row[None, :]",
+        "at = (b * heads + h) * length + row",
+        "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)",
+        "d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)",
+        "level = tl.load(p_level + at)",
+        "share = tl.load(p_share + at, mask=m_row, other=0.0)",
+        "delta = tl.load(p_delta + at)",
+        *_SEEN_BY_KEYS[kind],
+        *_scores(printer, part, kind, "key, tl.trans(query)", True),
+        "p = tl.exp2((score - level[None, :]) * LOG2E) * share[None, :]",
+        "d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)",
+        "d_gate_v = p * d_p",
+        f"d_score = p * (d_p * ({gate}) - delta[None, :])" if gate else "d_score = p * (d_p - delta[None, :])",
+        *printer.slopes(part),
+        *(f"d_u_{g.number} += tl.sum(d_x_{g.number}, 1)" for g in part.gates),
+        f"d_value = tl.dot((p{f' * ({gate})' if gate else ''}).to(d_out.dtype), d_out, d_value, "
+        "input_precision=PRECISION)",
+        "d_key = tl.dot(d_raw.to(query.dtype), query, d_key, input_precision=PRECISION)",
+    ]
+
+
+# Of selected keys, SEEN stands for what the kernel knows: whether they come from slots or are fresh.
+_SEEN_BY_KEYS: dict[str, Lines] = {"full": [], "near": ["seen = m_column[:, None]"], "selected": ["seen = SEEN"]}
