@@ -10,6 +10,7 @@ from torch import Tensor
 from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops import causal_select
 from flexsparse.ops.causal import ranges_of
+from flexsparse.ops.projection import on_grid
 from flexsparse.ops.range_search import first_true
 
 # Contents closer than this move no gate by more than a thousandth.
@@ -47,14 +48,20 @@ def diagnose(u: Tensor, content: Tensor, selection: SelectionNode, segments: Ten
     """
     ids = segments.unsqueeze(1) if segments is not None and segments.dim() == 2 else segments
     thresholds, lifetimes = causal_select(u, selection.k, selection.after, ids)
-    flat = u.flatten(0, 1).double()
-    tau = thresholds.tau.flatten(0, 1).double()
+    flat, tau = u.flatten(0, 1).double(), thresholds.tau.flatten(0, 1)
     rows = None if ids is None else ids.expand(u.shape).flatten(0, 1)
     ranges = ranges_of(flat, selection.after, rows)
     birth, death = (x.flatten(0, 1).long() for x in (lifetimes.birth, lifetimes.death))
+    # Kinks lie on the grid on which thresholds are found: rounded as they are, what meets there meets here.
+    finite = torch.isfinite(flat)
+    grid = on_grid(flat, finite)
+    outside, full = (
+        torch.where(finite, grid.to_scores(values), flat).to(tau.dtype)
+        for values in (grid.values, grid.values - grid.unit)
+    )
     # Thresholds never fall along a segment: a key leaves the support, and its gate leaves 1, once.
-    leaves = first_true(tau, birth, ranges.end, flat, strict=False)
-    loosens = first_true(tau, birth, ranges.end, flat - 1, strict=True)
+    leaves = first_true(tau, birth, ranges.end, outside, strict=False)
+    loosens = first_true(tau, birth, ranges.end, full, strict=True)
     selected = death - birth
     candidates = thresholds.candidates.flatten(0, 1)
 
