@@ -43,7 +43,7 @@ _HOME = {
     "reference": "dense",
     "topk": "language",
 }
-_SUBMODULES = ("codegen", "errors", "language", "ops", "patterns")
+_SUBMODULES = ("codegen", "errors", "language", "nn", "ops", "patterns")
 
 __all__ = [
     "BackendNotice",

@@ -32,6 +32,7 @@ LEVELS = (
     ("explanation",),
     ("pipeline",),
     ("compiler", "block_masks", "tolerance", "measurement"),
+    ("nn",),
 )
 LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}
 
