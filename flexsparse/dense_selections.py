@@ -31,8 +31,8 @@ def sorted_gates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
         relative = heights - heights[..., :1]
         sums, moments = sign.cumsum(-1), (sign * relative).cumsum(-1)
         reached = moments - sums * relative
-        # Rounding of a sum must not decide whether a kink is met.
-        inside = (reached <= budget + 1e-9) & (sign != 0)
+        # Rounding of a sum must not decide whether a kink is met; whole numbers and 1e-9 alone would add in float32.
+        inside = (reached <= budget.double() + 1e-9) & (sign != 0)
         last = inside.sum(-1, keepdim=True) - 1
         weight, moment = sums.gather(-1, last.clamp(min=0)), moments.gather(-1, last.clamp(min=0))
         tau = (moment - budget) / weight.clamp(min=1) + heights[..., :1]

@@ -116,7 +116,17 @@ def _indices(work: Work, rows: slice, kv_heads: slice, queries: slice, keys: Ten
 def _attend(
     work: Work, chunk: _Chunk, functions: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One chunk: query [B, H, C, D], key and value [B, H_kv, N, .] of the chunk, in the accumulation dtype."""
+    """One chunk: query [B, H, C, D], key and value [B, H_kv, N, .] of the chunk, in the accumulation dtype.
+
+    Autocast, which would round the products, is off.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        return _attended(work, chunk, functions, query, key, value)
+
+
+def _attended(
+    work: Work, chunk: _Chunk, functions: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
     at = _indices(work, chunk.rows, chunk.kv_heads, chunk.queries, chunk.keys)
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * work.scale

@@ -99,7 +99,9 @@ def make(**change: Any) -> SparseKAttention:
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"), SETTINGS, ids=[str(next(iter(c.items()))) for c, _, _ in SETTINGS]
+    ("change", "error", "message"),
+    SETTINGS,
+    ids=[f"{number} {next(iter(c))}" for number, (c, _, _) in enumerate(SETTINGS)],
 )
 def test_settings(change: dict[str, Any], error: type[FlexsparseError], message: str) -> None:
     with pytest.raises(FlexsparseError) as caught:

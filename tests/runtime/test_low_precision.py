@@ -95,3 +95,11 @@ def test_dtypes_of_the_results() -> None:
         leaves = inputs.leaves()
         found = torch.autograd.grad(out.sum(), list(leaves.values()))
         assert [g.dtype for g in found] == [x.dtype for x in leaves.values()]
+
+
+def test_autocast_does_not_round_the_products() -> None:
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    attention = fs.compile("causal", backend="chunked")
+    wanted = attention(query, key, value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(query, key, value), wanted)

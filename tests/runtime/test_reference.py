@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 import flexsparse as fs
+from flexsparse.dense_selections import sorted_gates
 from tests.helpers import Inputs, Result, assert_same_result, make_inputs, oracle, run
 from tests.runtime.naive import Key, gates_of, naive_attention
-from tests.twins import differentiable_gates, prefix_tau
+from tests.twins import differentiable_gates, exact_gates, exact_prefix_taus, prefix_tau
 
 SIZE, K, WINDOW = 13, 3, 4
 GATES = ["kv", "k", "v", "logit", "none", "ste"]
@@ -251,3 +253,15 @@ def test_the_oracle_gives_the_callers_dtype_and_a_wide_lse() -> None:
         some = make_inputs(size=5).to(dtype)
         out, lse = fs.reference("causal", some.query, some.key, some.value, return_lse=True)
         assert (out.dtype, lse.dtype) == (dtype, wide)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_the_oracles_gates_are_those_of_exact_fractions(spread: float) -> None:
+    """Widely spread scores leave plateaus between the events, of which tau is the lower end."""
+    generator = torch.Generator().manual_seed(0)
+    for size, k in itertools.product((2, 3, 6, 11), (1, 2, 4)):
+        z = spread * torch.randn(size, generator=generator, dtype=torch.float64)
+        gates, tau = sorted_gates(z, k)
+        wanted = torch.tensor([float(g) for g in exact_gates(z.tolist(), k)], dtype=torch.float64)
+        assert float((gates - wanted).abs().max()) <= 1e-12 * spread
+        assert float(tau) == pytest.approx(exact_prefix_taus(z.tolist(), k)[-1], abs=1e-12 * spread)
