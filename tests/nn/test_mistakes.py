@@ -13,7 +13,7 @@ from flexsparse.language import captured, kv, q
 from flexsparse.nn import SparseKAttention
 from flexsparse.patterns.causal import causal
 
-GATE = "one of 'kv', 'k', 'v', 'logit', 'none', 'ste', 'ste_identity', 'ste_sigmoid'"
+GATE = "one of 'kv', 'k', 'v', 'logit', 'none', 'ste', 'ste_identity', 'ste_sigmoid', 'capped_softmax'"
 
 SETTINGS: list[tuple[dict[str, Any], type[FlexsparseError], str]] = [
     (
