@@ -56,7 +56,7 @@ def row_products(
 ):  # fmt: skip
     """What every key's gradient is measured against: the product of each row of out with its gradient, less d_lse."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     m_row = row < length
     at = (b * heads + h) * length + row
@@ -77,7 +77,8 @@ def put_rows(p_base, index, stride, feature, x, m_row, SIZE: tl.constexpr):
 _ROWS = (
     """
 chunk = tl.program_id(0)
-h = tl.program_id(1)
+# Heads times their strides can pass 32 bits.
+h = tl.program_id(1).to(tl.int64)
 b = tl.program_id(2).to(tl.int64)
 kv_head = h // group
 start = chunk * BLOCK_M
@@ -248,7 +249,7 @@ d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     keys = (
         """
 first = tl.program_id(0) * BLOCK_N
-kv_head = tl.program_id(1)
+kv_head = tl.program_id(1).to(tl.int64)
 b = tl.program_id(2).to(tl.int64)
 """
         + INDICES

@@ -44,7 +44,7 @@ def _slot_head(n: int, gated: Sequence[int]) -> str:
     return f"""
 pair = tl.program_id({{pair}}).to(tl.int64)
 b = pair // kv_heads
-kv_head = (pair % kv_heads).to(tl.int32)
+kv_head = pair % kv_heads
 {INDICES}
 slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 m_slot = slot < k_{n}
