@@ -1,5 +1,6 @@
 # make demo   the main job on real text            make test   the tests
 # make check  tests, lint, format and types: what CI runs
+# make bench  SPARSEK beside a window against dense attention, on this GPU
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
@@ -7,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types check bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -24,6 +25,9 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: test lint types
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/hybrid.py --out benchmarks/results/hybrid.json
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
