@@ -50,10 +50,12 @@ class GatheredCall:
         return -(-self.shapes.q_len // CHUNK)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau.
 
     Where each query head selects for itself, a key has a slot for each of them: key and value are repeated to H heads.
+    torch.compile runs it as it is: the graph breaks here.
     """
     shapes = call.shapes
     if any(call.values[f"birth_{n}"].shape[1] not in (1, shapes.kv_heads) for n in range(len(call.ks))):
