@@ -34,9 +34,10 @@ class TritonText:
             case Symbol(name):
                 return name, 10
             case Load(tensor, index):
-                steps = [f"{self._wrapped(i, Kind.INT, 7)} * {tensor.name}_stride_{n}" for n, i in enumerate(index)]
-                found = f"tl.load({' + '.join([f'p_{tensor.name}', *steps])})"
-                return (f"({found} * 1.0)" if tensor.kind is Kind.REAL else found), 10
+                steps = [f"{self._place(i)} * of_{tensor.name}_stride_{n}" for n, i in enumerate(index)]
+                found = f"tl.load({' + '.join([f'p_of_{tensor.name}', *steps])})"
+                # Whatever the tensor's own type, as wide as the other backends have it.
+                return found + {Kind.REAL: ".to(tl.float32)", Kind.INT: ".to(tl.int64)", Kind.BOOL: ""}[tensor.kind], 10
             case Selected(n):
                 return f"selected_{n}", 10
             case Gate(n):
@@ -45,6 +46,11 @@ class TritonText:
             case Apply(op, args):
                 return self._number(node) if is_uniform(node) else self._apply(node, op, args)
         raise AssertionError(f"no Triton code for {type(node).__name__}")
+
+    def _place(self, index: Node) -> str:
+        """An index that may be multiplied by a stride: 64 bits."""
+        text = self._wrapped(index, Kind.INT, 10)
+        return text if is_uniform(index) else f"{text}.to(tl.int64)"
 
     def _number(self, node: Apply) -> tuple[str, int]:
         text = self._host.emit(node)
@@ -57,7 +63,7 @@ class TritonText:
         if op == "where":
             return f"tl.where({self.emit(args[0])}, {', '.join(self._as(node.kind, a) for a in args[1:])})", 10
         if op == "floor":
-            return f"tl.floor({self._as(Kind.REAL, args[0])}).to(tl.int32)", 10
+            return f"tl.floor({self._as(Kind.REAL, args[0])}).to(tl.int64)", 10
         if op in _INTEGER_CALLS and not (_is_natural(args[0]) and _is_positive(args[1])):
             return f"{_INTEGER_CALLS[op]}({', '.join(self.emit(a) for a in args)})", 10
         if op in _TRUNCATING:

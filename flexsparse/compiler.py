@@ -335,7 +335,11 @@ class CompiledAttention:
         source = gathered_source(self.ir, str(self._expression))
         out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands)
         learned = set(self.ir.learnable) - self.ir.sink_only
-        recomputed = tuple(name in learned or self._is_recomputed(name, shapes.dtype) for name in work.names)
+        # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
+        recomputed = tuple(
+            name in learned or (name in self.ir.sink_only and self._is_recomputed(name, shapes.dtype))
+            for name in work.names
+        )
         if is_carried(tensors, recomputed):
             # The chunked path reads the tiles of the whole mask, and not of what is near alone.
             work = replace(work, tiles=classify_tiles(self.ir, shapes, self._settings, bound.buffers))

@@ -13,6 +13,7 @@ from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant
 from flexsparse.ir.program import Program
 from flexsparse.ir.text import function_name
+from flexsparse.runtime.gathered_sizes import KERNELS, sizes_of
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK, Settings
 from flexsparse.verdict import Verdict
@@ -153,6 +154,11 @@ def _gather(program: Program, shapes: Shapes) -> Verdict:
         return Verdict(False, "Kernels that gather want as many queries as keys, from position 0 on.")
     if max(shapes.head_dim, shapes.value_dim) > 256:
         return Verdict(False, f"Kernels that gather take head_dim up to 256, not {shapes.head_dim}.")
+    try:
+        for kernel in KERNELS:
+            sizes_of(kernel, shapes)
+    except BackendError as error:
+        return Verdict(False, f"Its tiles do not fit: {error}")
     return Verdict(True, "Work and memory grow with the keys that a query sees; gradients without atomics.")
 
 

@@ -51,7 +51,7 @@ def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.const
 
 @triton.jit
 def row_products(
-    p_out, p_d_out, stride_ob, stride_oh, stride_os, p_d_lse, p_delta, length, heads,
+    p_out, p_d_out, stride_ob, stride_oh, stride_os, p_d_lse, p_share, p_delta, length, heads,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What every key's gradient is measured against: the product of each row of out with its gradient, less d_lse."""
@@ -65,7 +65,9 @@ def row_products(
     out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V)
     d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse + at, mask=m_row, other=0.0)
-    tl.store(p_delta + at, delta, mask=m_row)
+    # Into rows that see no key nothing flows, whatever the loss makes of their lse.
+    share = tl.load(p_share + at, mask=m_row, other=0.0)
+    tl.store(p_delta + at, tl.where(share == 0.0, 0.0, delta), mask=m_row)
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def module_text(
         pattern += [f"heads_{n}", f"group_{n}", f"k_{n}", f"after_{n}"]
         pattern += [f"p_u_{n}"] * (n in all_gated) + [f"p_tau_{n}", f"p_least_{n}"] * (n in shifted)
     for name, dims in captured:
-        pattern += [f"p_{name}", *(f"{name}_stride_{d}" for d in range(dims))]
+        pattern += [f"p_of_{name}", *(f"of_{name}_stride_{d}" for d in range(dims))]
     pattern += numbers
     strides = [f"stride_{of}{dim}" for of in "qkv" for dim in "bhs"]
     lists = ["p_near_count", "p_near_index", "p_full_count", "p_full_index", "count_b", "count_h"]
@@ -221,7 +223,8 @@ def module_text(
         + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
         + "\n".join(_row_loops(blocks, "forward"))
         + """
-some = total > 0.0
+# NaN is not nothing, and must come out.
+some = total != 0.0
 out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)
 lse = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
 # The backward pass has p = exp(score - level) * share from these, without the rounding of lse.

@@ -18,8 +18,18 @@ def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool) -> L
     text = printer.seen(part)
     conditions += [f"({text})"] if text else []
     if conditions:
-        lines.append(f'score = tl.where({" & ".join(conditions)}, score, float("-inf"))')
+        lines.append(f"visible = {' & '.join(conditions)}")
+        lines.append('score = tl.where(visible, score, float("-inf"))')
     return lines
+
+
+def _hides(printer: Any, part: Any, kind: str) -> bool:
+    return kind != "full" or bool(printer.seen(part))
+
+
+def _shown(printer: Any, part: Any, kind: str, text: str) -> str:
+    """A product that is 0 where a key is hidden, even if a factor is not a number there."""
+    return f"tl.where(visible, {text}, 0.0)" if _hides(printer, part, kind) else text
 
 
 def attend(printer: Any, part: Any, kind: str) -> Lines:
@@ -35,10 +45,20 @@ def attend(printer: Any, part: Any, kind: str) -> Lines:
         "p = tl.exp2((score - level[:, None]) * LOG2E)",
         "shrink = tl.exp2((top - level) * LOG2E)",
         "total = total * shrink + tl.sum(p, 1)",
-        *([f"p = p * ({gate})"] if gate else []),
+        *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
         "out = tl.dot(p.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)",
         "top = higher",
     ]
+
+
+def _flows(printer: Any, part: Any, kind: str, gate: str, delta: str) -> Lines:
+    """From ``p`` and ``d_p`` to ``d_raw``, and to ``d_x_n`` of every gate."""
+    kept = f"p * (d_p * ({gate}) - {delta})" if gate else f"p * (d_p - {delta})"
+    lines = [f"d_score = {kept}", *printer.slopes(part)]
+    if _hides(printer, part, kind):
+        names = ["d_raw", *(f"d_x_{g.number}" for g in part.gates)]
+        lines += [f"{name} = tl.where(visible, {name}, 0.0)" for name in names]
+    return lines
 
 
 def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
@@ -51,8 +71,7 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
         "p = tl.exp2((score - level[:, None]) * LOG2E) * share[:, None]",
         "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
         "d_gate_v = p * d_p",
-        f"d_score = p * (d_p * ({gate}) - delta[:, None])" if gate else "d_score = p * (d_p - delta[:, None])",
-        *printer.slopes(part),
+        *_flows(printer, part, kind, gate, "delta[:, None]"),
         *(f"d_tau_{g.number} -= tl.sum(d_x_{g.number}, 1)" for g in part.gates if g.through != "ste_identity"),
         "d_query = tl.dot(d_raw.to(key.dtype), key, d_query, input_precision=PRECISION)",
     ]
@@ -77,11 +96,10 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
         "p = tl.exp2((score - level[None, :]) * LOG2E) * share[None, :]",
         "d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)",
         "d_gate_v = p * d_p",
-        f"d_score = p * (d_p * ({gate}) - delta[None, :])" if gate else "d_score = p * (d_p - delta[None, :])",
-        *printer.slopes(part),
+        *_flows(printer, part, kind, gate, "delta[None, :]"),
         *(f"d_u_{g.number} += tl.sum(d_x_{g.number}, 1)" for g in part.gates),
-        f"d_value = tl.dot((p{f' * ({gate})' if gate else ''}).to(d_out.dtype), d_out, d_value, "
-        "input_precision=PRECISION)",
+        *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
+        "d_value = tl.dot(p.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)",
         "d_key = tl.dot(d_raw.to(query.dtype), query, d_key, input_precision=PRECISION)",
     ]
 

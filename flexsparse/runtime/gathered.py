@@ -107,8 +107,9 @@ class _Gathered(torch.autograd.Function):
         blocks = (-(-shapes.q_len // 32), shapes.heads, shapes.batch)
         strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
         call.module.row_products[blocks](
-            p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(), p_delta=delta, length=shapes.q_len,
-            heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim), ROWS=32,
+            p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(), p_share=share, p_delta=delta,
+            length=shapes.q_len, heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim),
+            ROWS=32,
         )  # fmt: skip
         arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
         arguments |= {"p_d_out": d_out, "p_level": level, "p_share": share, "p_delta": delta}
@@ -205,11 +206,11 @@ def _arguments(
         made |= {f"heads_{n}": birth.shape[1], f"group_{n}": shapes.heads // birth.shape[1]}
         made |= {f"k_{n}": k, f"after_{n}": after}
         if n in source.shifted:
-            made[f"p_least_{n}"] = values[f"least_{n}"].contiguous()
-    made |= {f"p_{name}": tensor.contiguous() for name, tensor in gates.items()}
+            made[f"p_least_{n}"] = values[f"least_{n}"].float().contiguous()
+    made |= {f"p_{name}": tensor.float().contiguous() for name, tensor in gates.items()}
     for name, dims in source.captured:
         tensor = values[name]
-        made |= {f"p_{name}": tensor, **{f"{name}_stride_{d}": tensor.stride(d) for d in range(dims)}}
+        made |= {f"p_of_{name}": tensor, **{f"of_{name}_stride_{d}": tensor.stride(d) for d in range(dims)}}
     sizes = {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads}
     made |= {name: eval(text, {"math": math, "min": min, "max": max, "abs": abs}, sizes) for name, text in
              source.numbers.items()}  # fmt: skip

@@ -59,6 +59,7 @@ def sizes_of(kernel: str, shapes: Shapes) -> Sizes:
     return found
 
 
+KERNELS = ("forward", "query", "key", "slot")
 _ROWS = ("forward", "query")
 
 
@@ -76,6 +77,7 @@ def shared_bytes(kernel: str, sizes: Sizes, shapes: Shapes) -> int:
 
 @functools.lru_cache
 def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
+    # A plan may be made where there is no such device.
+    if device.type != "cuda" or not torch.cuda.is_available():
         return _LEAST_SHARED
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _LEAST_SHARED)

@@ -111,6 +111,62 @@ def test_rows_that_see_no_key() -> None:
     assert not any(torch.isnan(x).any() for x in got.values())
 
 
+def test_deterministic_asks_for_nothing_more() -> None:
+    assert not failures(HYBRID, call_of(HYBRID, 70, batch=1), deterministic=True)
+
+
+def test_what_is_no_number_comes_out_as_such() -> None:
+    pattern: Any = P["sparsek"](8)
+    call = call_of(pattern, 70, batch=1, heads=2, kv_heads=1)
+    call.query[0, 0, 50] = torch.nan
+    attention: Any = fs.compile(pattern, backend="gather")
+    out, lse = attention(call.query, call.key, call.value, return_lse=True, scores=call.captured["scores"])
+    assert torch.isnan(out[0, 0, 50]).all()
+    assert torch.isnan(lse[0, 0, 50])
+    assert int(torch.isnan(lse).sum()) == 1
+
+
+# numpy says so in the interpreter.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("gate", ["kv", "v", "k", "logit"])
+def test_scores_that_are_no_numbers_leave_earlier_rows_alone(gate: str) -> None:
+    pattern: Any = P["sparsek"](8, gate=gate)
+    call = call_of(pattern, SIZE, batch=1, heads=2, kv_heads=1)
+    attention: Any = fs.compile(pattern, backend="gather")
+    found = []
+    for spoiled in (False, True):
+        scores = call.captured["scores"].clone()
+        scores[..., 70] = torch.nan if spoiled else scores[..., 70]
+        leaf = call.query.clone().requires_grad_()
+        out = attention(leaf, call.key, call.value, scores=scores, validate=False)
+        found.append((out[:, :, :70].detach(), *torch.autograd.grad(out[:, :, :70].sum(), leaf)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1][:, :, :70], found[1][1][:, :, :70])
+
+
+def test_nothing_flows_into_rows_without_keys() -> None:
+    pattern: Any = P["sparsek"](16, after=20)
+    call = call_of(pattern, 70, batch=1, heads=2, kv_heads=1)
+    leaves = [x.clone().requires_grad_() for x in (call.query, call.key, call.value, call.captured["scores"])]
+    attention: Any = fs.compile(pattern, backend="gather")
+    out, lse = attention(*leaves[:3], scores=leaves[3], return_lse=True)
+    # The chain through the square of -inf is NaN behind the where.
+    loss = torch.where(lse == -torch.inf, 0.0, lse**2).sum() + out.sum()
+    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(loss, leaves))
+
+
+def test_a_captured_tensor_may_have_any_name() -> None:
+    named: Any = captured("level", dims=("b", "s"), dtype="bool")
+    pattern: Any = HYBRID & named[b, kv]
+    call = call_of(HYBRID, 70, batch=1)
+    seen = torch.rand(1, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.7
+    attention: Any = fs.compile(pattern, backend="gather")
+    got = attention(call.query, call.key, call.value, level=seen, **call.captured)
+    oracle: Any = fs.reference
+    wanted = oracle(pattern, call.query, call.key, call.value, level=seen, **call.captured)
+    assert float((got - wanted).abs().max()) <= 1e-5
+
+
 def test_operands_of_any_strides() -> None:
     call = call_of(HYBRID, 70, batch=1)
     attention: Any = fs.compile(HYBRID, backend="gather")
