@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.launch import launch
+
 
 class Events(NamedTuple):
     """The sorted list of each of R rows, N positions of S times. Events of weight 0 have the code -1.
@@ -84,44 +86,56 @@ def _merge(
     tl.store(p_place + row * times + key, (minus.to(tl.int64) << 32) | plus.to(tl.int64), mask=m_at)
 
 
-def merged_events(
-    order: Tensor, value: Tensor, alive: Tensor, unit: Tensor, segments: tuple[Tensor, Tensor] | None = None
-) -> Events:
-    """The events at ``value`` (weight 1) and ``value - unit`` (weight -1) of every key, merged in falling order.
+class Ranked(NamedTuple):
+    """The keys by falling score, R rows of S: their values in that order; ``counted``, every key with weight 1."""
 
-    order [R, S] int64: the keys by falling value, later segments first; value [R, S] int64 by key, falling along
-    ``order`` inside a segment; alive [R, S] int8, 1 for weight 1 and any other for weight 0; unit [R] int64; segments
-    as for ``crossings``.
-    """
-    rows, times = order.shape
-
-    def made(count: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, count, dtype=dtype, device=order.device)
-
-    code, edge = made(2 * times, torch.int32), made(2 * times, torch.int64)
-    place = made(times, torch.int64)
-    start, end = segments if segments is not None else (order, order)
-    block = 512
-    _merge[(rows, triton.cdiv(times, block))](
-        order, value.gather(1, order), alive, start, end, unit, code, edge, place, times, times.bit_length(),
-        SEGMENTS=segments is not None, BLOCK=block,
-    )  # fmt: skip
-    return Events(code, edge, value, place)
+    order: Tensor  # [R, S] int64
+    value: Tensor  # [R, S] int64, by place
+    counted: Events
 
 
 @triton.jit
-def _rank(p_order, p_code, p_rank, times, BLOCK: tl.constexpr):
+def _rank(p_order, p_value, p_sorted, p_code, p_rank, times, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_at = at < times
     key = tl.load(p_order + row * times + at, mask=m_at, other=0).to(tl.int32)
+    value = tl.load(p_value + row * times + key, mask=m_at, other=0)
+    tl.store(p_sorted + row * times + at, value, mask=m_at)
     tl.store(p_code + row * times + at, 2 * key, mask=m_at)
     tl.store(p_rank + row * times + key, at, mask=m_at)
 
 
-def counted_events(order: Tensor) -> Events:
-    """Keys in falling order, counted alike: order [R, S] int64."""
+def ranked(order: Tensor, value: Tensor) -> Ranked:
+    """From the keys in falling order, [R, S] int64, and their values [R, S] int64 by key."""
     rows, times = order.shape
     code, rank = (torch.empty(rows, times, dtype=torch.int32, device=order.device) for _ in range(2))
-    _rank[(rows, triton.cdiv(times, 1024))](order, code, rank, times, BLOCK=1024)
-    return Events(code, order, order, rank)
+    by_place = torch.empty_like(value)
+    launch(_rank, (rows, triton.cdiv(times, 1024)), (order, value, by_place, code, rank), (times,), BLOCK=1024)
+    return Ranked(order, by_place, Events(code, value, value, rank))
+
+
+def merged_events(
+    keys: Ranked, value: Tensor, alive: Tensor, unit: Tensor, segments: tuple[Tensor, Tensor] | None = None
+) -> Events:
+    """The events at ``value`` (weight 1) and ``value - unit`` (weight -1) of every key, merged in falling order.
+
+    ``keys`` by falling value, later segments first; value [R, S] int64 by key, falling along their order inside a
+    segment; alive [R, S] int8, 1 for weight 1 and any other for weight 0; unit [R] int64; segments as for
+    ``crossings``.
+    """
+    rows, times = value.shape
+
+    def made(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, count, dtype=dtype, device=value.device)
+
+    code, edge = made(2 * times, torch.int32), made(2 * times, torch.int64)
+    place = made(times, torch.int64)
+    start, end = segments if segments is not None else (keys.order, keys.order)
+    block = 512
+    launch(
+        _merge, (rows, triton.cdiv(times, block)),
+        (keys.order, keys.value, alive, start, end, unit, code, edge, place), (times, times.bit_length()),
+        SEGMENTS=segments is not None, BLOCK=block,
+    )  # fmt: skip
+    return Events(code, edge, value, place)

@@ -13,19 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.launch import launch
+
 _BLOCK = 1024
+# A row of up to so many scores is one program's.
+_ONE_PROGRAM = 4096
 
 
 class Quantized(NamedTuple):
     """R rows of S scores. ``value`` is on the grid; +inf has the row's largest, -inf and NaN have its smallest.
 
     ``counts``: how many finite scores stand at or before each position, plus 2^32 times how many are +inf.
-    ``first_nan``: the position of the row's first NaN, S without one.
+    ``first_nan``: the position of the row's first NaN, S without one. ``score``: u with -inf for NaN. ``score`` and
+    ``counts`` are left as they were allocated where only values are wanted.
     """
 
     value: Tensor  # [R, S] int64
     alive: Tensor  # [R, S] int8: 1 for a finite score, 2 for +inf, else 0
     counts: Tensor  # [R, S] int64
+    score: Tensor  # [R, S] in u's dtype
     unit: Tensor  # [R] int64: a score difference of 1
     step: Tensor  # [R] float64: the score difference of one grid point
     center: Tensor  # [R] float64: the score at grid point 0
@@ -56,8 +62,23 @@ def grid_between(top, bottom, bits):
 
 
 @triton.jit
-def _row_grid(p_u, p_unit, p_step, p_center, p_top, p_bottom, p_nan, size, bits, BLOCK: tl.constexpr):
-    """The grid of one row: from its largest and smallest finite score."""
+def _on_grid(u, step, center, top, bottom):
+    """Grid values of scores, whether they are finite (1) or +inf (2), and what they add to the counts."""
+    infinity = float("inf")
+    finite = tl.abs(u) < infinity
+    above = u == infinity
+    value = rounded((tl.where(finite, u, 0.0) - center) / step).to(tl.int64)
+    value = tl.where(finite, value, tl.where(above, top, bottom))
+    counted = tl.where(finite, 1, tl.where(above, 4294967296, 0)).to(tl.int64)
+    return value, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), counted
+
+
+@triton.jit
+def _row_grid(
+    p_u, p_unit, p_step, p_center, p_nan, p_top, p_bottom, p_value, p_alive, p_counts, p_score, size, bits,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """The grid of one row: from its largest and smallest finite score; its values too where BLOCK holds the WHOLE."""
     row = tl.program_id(0).to(tl.int64)
     infinity = float("inf")
     highest = tl.full([BLOCK], -infinity, tl.float64)
@@ -74,31 +95,46 @@ def _row_grid(p_u, p_unit, p_step, p_center, p_top, p_bottom, p_nan, size, bits,
     some = top > -infinity
     top, bottom = tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
     unit, step, center = grid_between(top, bottom, bits)
+    top, bottom = rounded((top - center) / step).to(tl.int64), rounded((bottom - center) / step).to(tl.int64)
     tl.store(p_unit + row, unit)
     tl.store(p_step + row, step)
     tl.store(p_center + row, center)
-    tl.store(p_top + row, rounded((top - center) / step).to(tl.int64))
-    tl.store(p_bottom + row, rounded((bottom - center) / step).to(tl.int64))
     tl.store(p_nan + row, tl.minimum(tl.min(nan, 0), size))
+    if WHOLE:
+        at = tl.arange(0, BLOCK)
+        m_at = at < size
+        given = tl.load(p_u + row * size + at, mask=m_at, other=-infinity)
+        value, alive, counted = _on_grid(given.to(tl.float64), step, center, top, bottom)
+        tl.store(p_value + row * size + at, value, mask=m_at)
+        tl.store(p_alive + row * size + at, alive, mask=m_at)
+        if COUNTED:
+            tl.store(p_counts + row * size + at, tl.cumsum(counted, 0), mask=m_at)
+            tl.store(p_score + row * size + at, tl.where(given == given, given, -infinity), mask=m_at)
+    else:
+        tl.store(p_top + row, top)
+        tl.store(p_bottom + row, bottom)
 
 
 @triton.jit
-def _quantize(p_u, p_step, p_center, p_top, p_bottom, p_value, p_alive, p_blocks, size, n_blocks, BLOCK: tl.constexpr):
+def _quantize(
+    p_u, p_step, p_center, p_top, p_bottom, p_value, p_alive, p_score, p_blocks, size, n_blocks,
+    BLOCK: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
     """Grid values of one block, and how many of its scores are finite and +inf."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     m_at = at < size
     infinity = float("inf")
-    u = tl.load(p_u + row * size + at, mask=m_at, other=-infinity).to(tl.float64)
-    finite = tl.abs(u) < infinity
-    above = u == infinity
-    scaled = (tl.where(finite, u, 0.0) - tl.load(p_center + row)) / tl.load(p_step + row)
-    value = rounded(tl.where(finite, scaled, 0.0)).to(tl.int64)
-    value = tl.where(finite, value, tl.where(above, tl.load(p_top + row), tl.load(p_bottom + row)))
+    given = tl.load(p_u + row * size + at, mask=m_at, other=-infinity)
+    value, alive, counted = _on_grid(
+        given.to(tl.float64), tl.load(p_step + row), tl.load(p_center + row), tl.load(p_top + row),
+        tl.load(p_bottom + row),
+    )  # fmt: skip
     tl.store(p_value + row * size + at, value, mask=m_at)
-    tl.store(p_alive + row * size + at, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), mask=m_at)
-    counted = tl.where(finite, 1, tl.where(above, 4294967296, 0)).to(tl.int64)
-    tl.store(p_blocks + row * n_blocks + block, tl.sum(counted, 0))
+    tl.store(p_alive + row * size + at, alive, mask=m_at)
+    if COUNTED:
+        tl.store(p_score + row * size + at, tl.where(given == given, given, -infinity), mask=m_at)
+        tl.store(p_blocks + row * n_blocks + block, tl.sum(counted, 0))
 
 
 @triton.jit
@@ -122,8 +158,11 @@ def _running_counts(p_alive, p_blocks, p_counts, size, n_blocks, BLOCK: tl.const
     tl.store(p_counts + row * size + at, tl.sum(earlier, 0) + tl.cumsum(counted, 0), mask=at < size)
 
 
-def quantize(u: Tensor) -> Quantized:
-    """The scores u [R, S] (float16, bfloat16, float32 or float64, contiguous) on the grid of each row."""
+def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
+    """The scores u [R, S] (float16, bfloat16, float32 or float64, contiguous) on the grid of each row.
+
+    Without ``counted`` neither ``counts`` nor ``score`` is set.
+    """
     rows, size = u.shape
     n_blocks = triton.cdiv(size, _BLOCK)
 
@@ -132,10 +171,20 @@ def quantize(u: Tensor) -> Quantized:
 
     unit, top, bottom = made(torch.int64), made(torch.int64), made(torch.int64)
     step, center, first_nan = made(torch.float64), made(torch.float64), made(torch.int32)
-    bits = 60 - max(size, 1).bit_length()
-    _row_grid[(rows,)](u, unit, step, center, top, bottom, first_nan, size, bits, BLOCK=4096, num_warps=8)
-    value, alive, counts = made(torch.int64, size), made(torch.int8, size), made(torch.int64, size)
-    blocks = made(torch.int64, n_blocks)
-    _quantize[(rows, n_blocks)](u, step, center, top, bottom, value, alive, blocks, size, n_blocks, BLOCK=_BLOCK)
-    _running_counts[(rows, n_blocks)](alive, blocks, counts, size, n_blocks, BLOCK=_BLOCK)
-    return Quantized(value, alive, counts, unit, step, center, first_nan)
+    value, alive = made(torch.int64, size), made(torch.int8, size)
+    counts, score = made(torch.int64, size if counted else 0), made(u.dtype, size if counted else 0)
+    whole = size <= _ONE_PROGRAM
+    launch(
+        _row_grid, (rows,), (u, unit, step, center, first_nan, top, bottom, value, alive, counts, score),
+        (size, 60 - max(size, 1).bit_length()), BLOCK=triton.next_power_of_2(size) if whole else 4096, WHOLE=whole,
+        COUNTED=counted, num_warps=8,
+    )  # fmt: skip
+    if not whole:
+        blocks, grid = made(torch.int64, n_blocks), (rows, n_blocks)
+        launch(
+            _quantize, grid, (u, step, center, top, bottom, value, alive, score, blocks), (size, n_blocks),
+            BLOCK=_BLOCK, COUNTED=counted,
+        )  # fmt: skip
+        if counted:
+            launch(_running_counts, grid, (alive, blocks, counts), (size, n_blocks), BLOCK=_BLOCK)
+    return Quantized(value, alive, counts, score, unit, step, center, first_nan)

@@ -13,16 +13,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.launch import launch
+
 _BLOCK = 1024
+# A row of up to so many keys is one program's.
+_ONE_PROGRAM = 4096
 _NONE = -(2**31)
 
 
 @triton.jit
+def _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS: tl.constexpr):
+    """The key whose slot each key takes, or -1 less its slot where it takes a fresh one."""
+    counts = tl.load(p_counts + row * times + key, mask=m_key, other=0)
+    if SEGMENTS:
+        start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
+        counts -= tl.load(p_counts + row * times + start - 1, mask=m_key & (start > 0), other=0)
+    before = ((counts >> 32) + (counts & 4294967295)).to(tl.int32) - 1
+    held = m_key & (death > birth)
+    # Whoever enters a full set pushes a key out at the same query.
+    leaver = tl.load(p_leaving + row * times + birth, mask=held & (before >= k), other=0)
+    return tl.where(held, tl.where(before < k, -1 - before, leaver), none)
+
+
+@triton.jit
+def _follow_inside(p_link, row, first, key, m_key, link, times, ROUNDS: tl.constexpr):
+    """Links of one block, doubled until they leave it or end; each program reads what it has written itself."""
+    tl.store(p_link + row * times + key, link, mask=m_key)
+    for _ in range(ROUNDS):
+        # Everyone has written before anyone reads, and the other way round.
+        tl.debug_barrier()
+        inside = m_key & (link >= first)
+        link = tl.where(inside, tl.load(p_link + row * times + link, mask=inside, other=0), link)
+        tl.debug_barrier()
+        tl.store(p_link + row * times + key, link, mask=m_key)
+    return link
+
+
+@triton.jit
+def _put(p_slot, row, key, m_key, link, times, none, LAST: tl.constexpr):
+    """What links end at is -1 less the slot."""
+    if LAST:
+        link = tl.where(link == none, -1, -1 - link)
+    tl.store(p_slot + row * times + key, link, mask=m_key)
+
+
+@triton.jit
 def _deaths(
-    p_count, p_rank, p_alive, p_start, p_end, p_birth, p_death, p_leaving, times, k, after, steps,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    p_count, p_rank, p_alive, p_counts, p_start, p_end, p_birth, p_death, p_leaving, p_link, p_slot,
+    times, k, after, steps, none, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """The first query at which each key is no longer among the k best, by binary search over the prefixes."""
+    """The first query at which each key is no longer among the k best, by binary search over the prefixes.
+
+    The slots too where BLOCK holds the WHOLE row.
+    """
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_key = key < times
@@ -47,58 +91,42 @@ def _deaths(
     death = tl.maximum(tl.where(alive, death, birth), birth)
     tl.store(p_birth + row * times + key, birth, mask=m_key)
     tl.store(p_death + row * times + key, death, mask=m_key)
-    # One key at most leaves at a query inside its segment.
+    # One key at most leaves at a query inside its segment; a key that lives to the segment's end does not leave.
     tl.store(p_leaving + row * times + death, key, mask=m_key & (death > birth) & (death < end))
+    if WHOLE:
+        tl.debug_barrier()
+        link = _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS)
+        link = _follow_inside(p_link, row, 0, key, m_key, link, times, ROUNDS)
+        _put(p_slot, row, key, m_key, link, times, none, True)
 
 
 @triton.jit
 def _links(
-    p_counts, p_start, p_birth, p_death, p_leaving, p_link, times, k, none,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    p_counts, p_start, p_birth, p_death, p_leaving, p_link, p_slot, times, k, none,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """The key whose slot each key takes, or -1 less its slot where it takes a fresh one."""
+    """Links of one block's keys, followed as far as they stay inside it."""
     row = tl.program_id(0).to(tl.int64)
-    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_key = key < times
-    counts = tl.load(p_counts + row * times + key, mask=m_key, other=0)
-    if SEGMENTS:
-        start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
-        counts -= tl.load(p_counts + row * times + start - 1, mask=m_key & (start > 0), other=0)
-    before = ((counts >> 32) + (counts & 4294967295)).to(tl.int32) - 1
-    birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
-    death = tl.load(p_death + row * times + key, mask=m_key, other=0)
-    held = m_key & (death > birth)
-    leaver = tl.load(p_leaving + row * times + birth, mask=held & (before >= k), other=0)
-    link = tl.where(before < k, -1 - before, leaver)
-    tl.store(p_link + row * times + key, tl.where(held, link, none), mask=m_key)
-
-
-@triton.jit
-def _follow_inside(p_link, times, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Links of one block that stay inside it, doubled until they leave it or end."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = block * BLOCK
+    first = tl.program_id(1) * BLOCK
     key = first + tl.arange(0, BLOCK)
     m_key = key < times
-    link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
-    for _ in range(ROUNDS):
-        inside = m_key & (link >= first)
-        link = tl.where(inside, tl.load(p_link + row * times + link, mask=inside, other=0), link)
-        # Everyone has read before anyone writes, and the other way round.
-        tl.debug_barrier()
-        tl.store(p_link + row * times + key, link, mask=m_key)
-        tl.debug_barrier()
+    birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
+    death = tl.load(p_death + row * times + key, mask=m_key, other=0)
+    link = _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS)
+    link = _follow_inside(p_link, row, first, key, m_key, link, times, ROUNDS)
+    if LAST:
+        _put(p_slot, row, key, m_key, link, times, none, LAST)
 
 
 @triton.jit
-def _follow(p_link, p_next, times, BLOCK: tl.constexpr):
+def _follow(p_link, p_next, times, none, BLOCK: tl.constexpr, LAST: tl.constexpr):
     """Every link doubled once."""
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_key = key < times
     link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
     link = tl.where(link >= 0, tl.load(p_link + row * times + link, mask=m_key & (link >= 0), other=0), link)
-    tl.store(p_next + row * times + key, link, mask=m_key)
+    _put(p_next, row, key, m_key, link, times, none, LAST)
 
 
 def lifetimes(
@@ -109,29 +137,38 @@ def lifetimes(
     k: int,
     after: int,
     segments: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """birth, death and slot of every key, [R, S] int32 each; the slot is -1 for a key that is never selected.
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """birth, death and slot of every key, [R, S] int32 each, into ``out``; the slot of one never selected is -1.
 
     ``count`` [R, S] int32: the crossing, in the order of rank, of k - 1 keys for every prefix; ``rank`` [R, S] int32
     by key; ``alive`` [R, S] int8, 0 for keys that are never selected; ``counts`` as in ``Quantized``.
     """
     rows, times = rank.shape
-    birth, death, link, following = (torch.empty_like(rank) for _ in range(4))
-    # Position S takes nobody: a key that lives to the end of the row does not leave.
-    leaving = torch.zeros(rows, times, dtype=torch.int32, device=rank.device)
+    birth, death, slot = out
+    link, leaving = torch.empty_like(rank), torch.empty_like(rank)
     start, end = segments if segments is not None else (rank, rank)
-    size = (rows, triton.cdiv(times, _BLOCK))
-    flags = {"SEGMENTS": segments is not None, "BLOCK": _BLOCK}
-    steps = times.bit_length()
-    _deaths[size](count, rank, alive, start, end, birth, death, leaving, times, k, after, steps, **flags)
-    _links[size](counts, start, birth, death, leaving, link, times, k, _NONE, **flags)
-    _follow_inside[size](link, times, ROUNDS=_BLOCK.bit_length() - 1, BLOCK=_BLOCK)
+    segmented, whole = segments is not None, times <= _ONE_PROGRAM
+    block = triton.next_power_of_2(times) if whole else _BLOCK
+    grid, rounds = (rows, triton.cdiv(times, block)), block.bit_length() - 1
+    launch(
+        _deaths, grid, (count, rank, alive, counts, start, end, birth, death, leaving, link, slot),
+        (times, k, after, times.bit_length(), _NONE), SEGMENTS=segmented, BLOCK=block, WHOLE=whole, ROUNDS=rounds,
+        num_warps=max(4, min(16, block // 128)),
+    )  # fmt: skip
+    if whole:
+        return
     # A chain enters every block once at most.
-    for _ in range((size[1] - 1).bit_length()):
-        _follow[size](link, following, times, BLOCK=_BLOCK)
-        link, following = following, link
-    slot = torch.where(link == _NONE, -1, -1 - link)
-    return birth, death, slot
+    doublings = (grid[1] - 1).bit_length()
+    launch(
+        _links, grid, (counts, start, birth, death, leaving, link, slot), (times, k, _NONE), SEGMENTS=segmented,
+        BLOCK=block, ROUNDS=rounds, LAST=doublings == 0,
+    )  # fmt: skip
+    following = leaving
+    for left in reversed(range(doublings)):
+        target = slot if left == 0 else following
+        launch(_follow, grid, (link, target), (times, _NONE), BLOCK=block, LAST=left == 0)
+        link, following = target, link
 
 
 @triton.jit
@@ -183,14 +220,15 @@ def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -
     n_chunks = triton.cdiv(times, chunk)
     # Keys come in order, so the newest in a slot is the largest number that was placed in it.
     table = torch.full((rows, n_chunks, k), -1, dtype=torch.int32, device=birth.device)
-    _place[(rows, triton.cdiv(times, _BLOCK))](
-        birth, death, slot, table, times, chunk, n_chunks, k, BLOCK=_BLOCK
+    launch(
+        _place, (rows, triton.cdiv(times, _BLOCK)), (birth, death, slot, table), (times, chunk, n_chunks, k),
+        BLOCK=_BLOCK,
     )  # fmt: skip
     group = max(16, triton.next_power_of_2(math.isqrt(n_chunks)))
     n_groups = triton.cdiv(n_chunks, group)
     newest = torch.empty(rows, n_groups, k, dtype=torch.int32, device=birth.device)
     size = (rows, n_groups, triton.cdiv(k, 64))
     flags = {"GROUP": group, "BLOCK": 64, "num_warps": 2}
-    _newest[size](table, newest, n_chunks, n_groups, k, **flags)
-    _fill[size](death, table, newest, times, chunk, n_chunks, n_groups, k, **flags)
+    launch(_newest, size, (table, newest), (n_chunks, n_groups, k), **flags)
+    launch(_fill, size, (death, table, newest), (times, chunk, n_chunks, n_groups, k), **flags)
     return table

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.codegen.kernels.grid import grid_between, rounded
+from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.rows import (
     around,
     as_scores,
@@ -367,29 +368,29 @@ def gates_of_rows(z: Tensor, k: int, gates: Tensor, inside: Tensor, parts: tuple
     real, whole, short = torch.float64, torch.int64, torch.int32
     extents = Extents(made(real, n_parts), made(real, n_parts), made(whole, n_parts), made(short, n_parts))
     grid = (rows, n_parts)
-    _extents[grid](z, *extents, size, n_parts, local, BLOCK=block, num_warps=8)
+    launch(_extents, grid, (z, *extents), (size, n_parts, local), BLOCK=block, num_warps=8)
     float32 = torch.float32
     first, second = (
         Section(made(float32, _POINTS), made(float32, 2), made(float32, n_parts, _POINTS)) for _ in range(2)
     )
     narrow = min(local, 512)
     for before, section in ((first, first), (first, second)):
-        _section[grid](
-            z, *extents[:3], *before, *section, size, n_parts, local, k,
+        launch(
+            _section, grid, (z, *extents[:3], *before, *section), (size, n_parts, local, k),
             FIRST=section is first, POINTS=_POINTS, PARTS=most, BLOCK=narrow, num_warps=8,
         )  # fmt: skip
     kept = made(whole, n_parts * local), made(short, n_parts), made(short, n_parts), made(whole, n_parts)
-    _keep[grid](
-        z, *extents[:3], *second, *kept, size, n_parts, local, k, bits,
+    launch(
+        _keep, grid, (z, *extents[:3], *second, *kept), (size, n_parts, local, k, bits),
         FAST=fast, POINTS=_POINTS, PARTS=most, BLOCK=block, num_warps=8,
     )  # fmt: skip
     numbers = made(whole, 5), made(real, 3)
-    _solve[(rows,)](
-        z, *extents, *second, *kept, *numbers, size, n_parts, local, k, bits,
+    launch(
+        _solve, (rows,), (z, *extents, *second, *kept, *numbers), (size, n_parts, local, k, bits),
         FAST=fast, POINTS=_POINTS, PARTS=most, SLOTS=min(max(2048 // most, 1), 256), BLOCK=4096, num_warps=16,
     )  # fmt: skip
-    _gates_of_parts[grid](
-        z, extents.counts, *numbers, gates, inside, size, n_parts, local, k,
+    launch(
+        _gates_of_parts, grid, (z, extents.counts, *numbers, gates, inside), (size, n_parts, local, k),
         FAST=fast, PARTS=most, BLOCK=min(local, 1024), num_warps=8,
     )  # fmt: skip
 
@@ -401,8 +402,8 @@ def flow_of_rows(grad: Tensor, inside: Tensor, grad_z: Tensor, parts: tuple[int,
     sums = torch.empty(rows, n_parts, dtype=torch.float64, device=grad.device)
     inner = torch.empty(rows, n_parts, dtype=torch.int32, device=grad.device)
     block = min(local, 1024)
-    _flow_sums[(rows, n_parts)](grad, inside, sums, inner, size, n_parts, local, BLOCK=block)
-    _flow_of_parts[(rows, n_parts)](
-        grad, inside, sums, inner, grad_z, size, n_parts, local, PARTS=max(triton.next_power_of_2(n_parts), 2),
-        BLOCK=block,
+    launch(_flow_sums, (rows, n_parts), (grad, inside, sums, inner), (size, n_parts, local), BLOCK=block)
+    launch(
+        _flow_of_parts, (rows, n_parts), (grad, inside, sums, inner, grad_z), (size, n_parts, local),
+        PARTS=max(triton.next_power_of_2(n_parts), 2), BLOCK=block,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.codegen.kernels.grid import grid_between, rounded
+from flexsparse.codegen.kernels.launch import launch
 
 LOWEST = -(2**63)
 HIGHEST = 2**63 - 1
@@ -293,8 +294,8 @@ def gates_of_rows(z: Tensor, k: int, gates: Tensor, inside: Tensor, most: int = 
     """Fill gates [R, N] and inside [R, N] int8 from scores z [R, N], contiguous; N below 2^20, 1 <= k <= N."""
     rows, size = z.shape
     block, warps = _block(size, most)
-    _gates_of_rows[(rows,)](
-        z, gates, inside, size, k, grid_bits(size),
+    launch(
+        _gates_of_rows, (rows,), (z, gates, inside), (size, k, grid_bits(size)),
         ONE=size <= block, FAST=is_fast(size), BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
@@ -303,7 +304,7 @@ def flow_of_rows(grad: Tensor, inside: Tensor, grad_z: Tensor, most: int = 4096)
     """Fill grad_z [R, N] from dL/dgates and what ``gates_of_rows`` found inside, int8."""
     rows, size = grad.shape
     block, warps = _block(size, most)
-    _flow_of_rows[(rows,)](grad, inside, grad_z, size, ONE=size <= block, BLOCK=block, num_warps=warps)
+    launch(_flow_of_rows, (rows,), (grad, inside, grad_z), (size,), ONE=size <= block, BLOCK=block, num_warps=warps)
 
 
 def empty_gates(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

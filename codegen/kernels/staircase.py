@@ -36,6 +36,7 @@ from torch import Tensor
 
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.lattice import outline, refine, table
+from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.walk import walk
 
 # The coarsest lattice has up to 16 chunks: a table of more prefixes costs more than a refinement.
@@ -59,11 +60,25 @@ class Lattices(NamedTuple):
 
 
 class Crossings(NamedTuple):
-    """For the prefix of t times, at [r, t - 1]: the number of positions, and the sums over the events before."""
+    """For the prefix of t times, at [r, t - 1]: the number of positions, and the sums over the events before.
 
-    reach: Tensor  # [R, S] int32
-    weight: Tensor  # [R, S] int32
-    moment: Tensor  # [R, S] int64
+    A count has no sums, and its ``found`` is [R, S] int32. Else ``found`` is [R, S, 2] int64: weight and number in the
+    upper and the lower half of the first, moment the second.
+    """
+
+    found: Tensor
+
+    @property
+    def reach(self) -> Tensor:
+        return self.found if self.found.dim() == 2 else self.found.view(torch.int32)[..., 0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.found.view(torch.int32)[..., 1]
+
+    @property
+    def moment(self) -> Tensor:
+        return self.found[..., 1]
 
 
 class Level(NamedTuple):
@@ -133,19 +148,20 @@ def crossings(
         warps = max(1, min(8, triton.next_power_of_2(triton.cdiv(_WARPS, programs)), factor * fine.bucket // 32))
         # A lane takes one event of one part of a cell at a time.
         block = max(2, 32 * warps // factor)
-        refine[(programs,)](
-            *events, *shared, *coarse.cells, *fine.cells,
-            times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine.sizes,
+        launch(
+            refine, (programs,), (*events, *shared, *coarse.cells, *fine.cells),
+            (times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine.sizes),
             **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, triton.cdiv(fine.bucket, block)), num_warps=warps,
         )  # fmt: skip
         coarse = fine
-    result = Crossings(*(torch.empty(rows, times, dtype=x.dtype, device=x.device) for x in finest.cells))
+    shape, dtype = ((rows, times), torch.int32) if unit is None else ((rows, times, 2), torch.int64)
+    found = torch.empty(shape, dtype=dtype, device=events.code.device)
     n_all = finest.column.numel()
-    walk[(triton.cdiv(n_all, _LANES),)](
-        *events, *shared, *finest.cells, *result, times, size, budget, *finest.sizes, n_all,
-        **flags, LANES=_LANES, STEPS=_STEPS, num_warps=1,
+    launch(
+        walk, (triton.cdiv(n_all, _LANES),), (*events, *shared, *finest.cells, found),
+        (times, size, budget, *finest.sizes, n_all), **flags, LANES=_LANES, STEPS=_STEPS, num_warps=1,
     )  # fmt: skip
-    return result
+    return Crossings(found)
 
 
 def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.device) -> list[Level]:
@@ -172,11 +188,12 @@ def _outline(
     n_slices = triton.cdiv(size, length)
     weight = torch.empty(rows, _PREFIXES, n_slices, dtype=torch.int32, device=events.code.device)
     moment = torch.empty_like(weight, dtype=torch.int64)
-    table[(rows * n_slices,)](
-        events.code, events.edge, weight, moment, size, coarse.chunk, n_slices, length,
-        COUNT=flags["COUNT"], PREFIXES=_PREFIXES, BLOCK=min(128, length),
+    launch(
+        table, (rows * n_slices,), (events.code, events.edge, weight, moment),
+        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=_PREFIXES, BLOCK=min(128, length),
     )  # fmt: skip
-    outline[(rows * coarse.n_chunks,)](
-        events.edge, *shared, weight, moment, *coarse.cells, times, size, budget, *coarse.sizes, n_slices,
-        **flags, PREFIXES=_PREFIXES, BUCKETS=triton.next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
+    launch(
+        outline, (rows * coarse.n_chunks,), (events.edge, *shared, weight, moment, *coarse.cells),
+        (times, size, budget, *coarse.sizes, n_slices), **flags, PREFIXES=_PREFIXES,
+        BUCKETS=triton.next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
     )  # fmt: skip

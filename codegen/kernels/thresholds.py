@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
+from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.staircase import Crossings
 
 _BLOCK = 1024
@@ -18,7 +19,7 @@ _HIGHEST = 2**63 - 1
 
 @triton.jit
 def _threshold(
-    p_count, p_weight, p_moment, p_edge, p_counts, p_start, p_end, p_unit, p_step, p_center, p_nan,
+    p_found, p_edge, p_counts, p_start, p_end, p_unit, p_step, p_center, p_nan,
     p_tau, p_floor, p_ceil, p_candidates, times, budget, after, lowest, highest,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -39,9 +40,10 @@ def _threshold(
         first = 2 * (times - tl.load(p_end + row * times + query, mask=m_query, other=0).to(tl.int32))
     unit = tl.load(p_unit + row)
     room = (budget - (counts >> 32)) * unit
-    position = tl.load(p_count + prefix, mask=some, other=0) - 1
-    weight = tl.load(p_weight + prefix, mask=some, other=0).to(tl.int64)
-    moment = tl.load(p_moment + prefix, mask=some, other=0)
+    reached = tl.load(p_found + 2 * prefix, mask=some, other=0)
+    position = reached.to(tl.int32) - 1
+    weight = reached >> 32
+    moment = tl.load(p_found + 2 * prefix + 1, mask=some, other=0)
     nothing = some & (position < first)
     everything = ~nothing & (weight <= 0)
     upper = tl.load(p_edge + 2 * row * times + position, mask=some & ~nothing, other=0)
@@ -71,28 +73,28 @@ def thresholds(
     budget: int,
     after: int,
     segments: tuple[Tensor, Tensor] | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tau [R, S] in ``dtype`` by query; the grid points at or below and at or above it, int64; candidates, int32."""
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Into ``out``: tau [R, S] by query; the grid points at or below and at or above it, int64; candidates, int32."""
     rows, times = grid.value.shape
-    tau = torch.empty(rows, times, dtype=dtype, device=grid.value.device)
-    floor, ceil = torch.empty_like(grid.value), torch.empty_like(grid.value)
-    candidates = torch.empty(rows, times, dtype=torch.int32, device=tau.device)
     start, end = segments if segments is not None else (grid.counts, grid.counts)
-    _threshold[(rows, triton.cdiv(times, _BLOCK))](
-        *found, events.edge, grid.counts, start, end, grid.unit, grid.step, grid.center, grid.first_nan,
-        tau, floor, ceil, candidates, times, budget, after, _LOWEST, _HIGHEST,
-        SEGMENTS=segments is not None, BLOCK=_BLOCK,
+    launch(
+        _threshold, (rows, triton.cdiv(times, _BLOCK)),
+        (found.found, events.edge, grid.counts, start, end, grid.unit, grid.step, grid.center, grid.first_nan, *out),
+        (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, BLOCK=_BLOCK,
     )  # fmt: skip
-    return tau, floor, ceil, candidates
 
 
 @triton.jit
 def _between(
-    p_value, p_alive, p_unit, p_floor, p_ceil, p_end, p_enters, p_leaves, times, after, steps,
+    p_value, p_alive, p_unit, p_floor, p_ceil, p_end, p_enters, p_leaves, p_change, times, after, steps,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The queries [enters, leaves) for which a key is strictly between the kinks, by two binary searches."""
+    """The queries [enters, leaves) for which a key is strictly between the kinks, by two binary searches.
+
+    And where the number of such keys grows and falls by one for it; beyond the row, each key at an entry of its own,
+    where it does not.
+    """
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_key = key < times
@@ -120,6 +122,10 @@ def _between(
         leaves = tl.where(open_ & ~passed, middle + 1, leaves)
     tl.store(p_enters + row * times + key, enters, mask=m_key)
     tl.store(p_leaves + row * times + key, leaves, mask=m_key)
+    beside = (times + key).to(tl.int64)
+    ever = enters < leaves
+    tl.store(p_change + 2 * row * times + key, tl.where(ever, enters, beside), mask=m_key)
+    tl.store(p_change + (2 * row + 1) * times + key, tl.where(ever & (leaves < times), leaves, beside), mask=m_key)
 
 
 @triton.jit
@@ -127,7 +133,7 @@ def _share_blocks(p_change, p_blocks, times, n_blocks, BLOCK: tl.constexpr):
     """Sums of the changes of one block."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    change = tl.load(p_change + row * (times + 1) + at, mask=at < times, other=0)
+    change = tl.load(p_change + 2 * row * times + at, mask=at < times, other=0)
     tl.store(p_blocks + row * n_blocks + block, tl.sum(change, 0))
 
 
@@ -138,7 +144,7 @@ def _shares(p_grad, p_change, p_blocks, p_share, p_totals, times, n_blocks, BLOC
     earlier = earlier_blocks(p_blocks, row, block, n_blocks, tl.int32, BLOCK)
     at = block * BLOCK + tl.arange(0, BLOCK)
     m_at = at < times
-    change = tl.load(p_change + row * (times + 1) + at, mask=m_at, other=0)
+    change = tl.load(p_change + 2 * row * times + at, mask=m_at, other=0)
     inside = tl.sum(earlier, 0) + tl.cumsum(change, 0)
     grad = tl.load(p_grad + row * times + at, mask=m_at, other=0.0).to(tl.float64)
     share = tl.where(inside > 0, grad / tl.maximum(inside, 1).to(tl.float64), 0.0)
@@ -186,21 +192,22 @@ def threshold_gradient(
     end = segments[1] if segments is not None else enters
     n_blocks = triton.cdiv(times, _BLOCK)
     size = (rows, n_blocks)
-    change = torch.zeros(rows, times + 1, dtype=torch.int32, device=device)
-    _between[size](
-        grid.value, grid.alive, grid.unit, floor, ceil, end, enters, leaves, times, after,
-        times.bit_length(), SEGMENTS=segments is not None, BLOCK=_BLOCK,
+    at = torch.empty(rows, 2, times, dtype=torch.int64, device=device)
+    launch(
+        _between, size, (grid.value, grid.alive, grid.unit, floor, ceil, end, enters, leaves, at),
+        (times, after, times.bit_length()), SEGMENTS=segments is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     # Whole numbers add up to the same in any order.
-    one = torch.ones((), dtype=torch.int32, device=device).expand_as(enters)
-    change.scatter_add_(1, enters.long(), one).scatter_add_(1, leaves.long(), -one)
+    change = torch.zeros(rows, 2 * times, dtype=torch.int32, device=device)
+    for part, by in ((at[:, 0], 1), (at[:, 1], -1)):
+        change.scatter_add_(1, part, torch.full((), by, dtype=torch.int32, device=device).expand_as(enters))
     blocks = torch.empty(rows, n_blocks, dtype=torch.int32, device=device)
     totals = torch.empty(rows, n_blocks, dtype=torch.float64, device=device)
     share = torch.empty(rows, times, dtype=torch.float64, device=device)
     running = torch.empty(rows, times + 1, dtype=torch.float64, device=device)
     grad_u = torch.empty(rows, times, dtype=dtype, device=device)
-    _share_blocks[size](change, blocks, times, n_blocks, BLOCK=_BLOCK)
-    _shares[size](grad, change, blocks, share, totals, times, n_blocks, BLOCK=_BLOCK)
-    _running[size](share, totals, running, times, n_blocks, BLOCK=_BLOCK)
-    _difference[size](running, enters, leaves, grad_u, times, BLOCK=_BLOCK)
+    launch(_share_blocks, size, (change, blocks), (times, n_blocks), BLOCK=_BLOCK)
+    launch(_shares, size, (grad, change, blocks, share, totals), (times, n_blocks), BLOCK=_BLOCK)
+    launch(_running, size, (share, totals, running), (times, n_blocks), BLOCK=_BLOCK)
+    launch(_difference, size, (running, enters, leaves, grad_u), (times,), BLOCK=_BLOCK)
     return grad_u

@@ -11,7 +11,7 @@ from flexsparse.codegen.kernels.lattice import is_within, limits, own_events
 @triton.jit
 def walk(
     p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
-    p_corner_moment, p_reach, p_weight, p_moment,
+    p_corner_moment, p_result,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -70,9 +70,13 @@ def walk(
             here = active & within
             target = row * times + t - 1
             m_target = here & (last < top)
-            tl.store(p_reach + target, x, mask=m_target)
-            tl.store(p_weight + target, weight, mask=m_target)
-            tl.store(p_moment + target, moment, mask=m_target)
+            if COUNT:
+                tl.store(p_result + target, x, mask=m_target)
+            else:
+                # One store of 16 bytes: each lane writes a line of its own.
+                both = tl.join((weight.to(tl.int64) << 32) | x.to(tl.int64), moment)
+                pair = 2 * target[:, None] + tl.arange(0, 2)[None, :]
+                tl.store(p_result + pair, both, mask=m_target[:, None])
             back = active & ~within
             x = tl.where(back, last, x)
             weight = tl.where(back, weight - w, weight)

@@ -11,7 +11,7 @@ from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
 from flexsparse.codegen.kernels import long_rows, rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
-from flexsparse.codegen.kernels.events import counted_events, merged_events
+from flexsparse.codegen.kernels.events import merged_events, ranked
 from flexsparse.errors import ShapeError
 from flexsparse.ops.causal import CausalSelection, Thresholds, bounds_of
 from flexsparse.ops.projection import Projected, result_dtype
@@ -21,40 +21,71 @@ _LONGEST = 1 << 24
 # A row of up to so many scores has one program; from so many rows on, one of up to four times as many.
 _ONE_PROGRAM = 8192
 _MANY_ROWS = 64
+# Scores of rows that are worked on together. Fewer would leave a GPU idle, more need room: some 100 bytes a score.
+_TOGETHER = 3 << 20
 _LONGEST_ROW = 1 << 30
 
 
 def select(
     u: Tensor, k: int, after: int, segments: Tensor | None, *, thresholds: bool, lifetimes: bool
 ) -> tuple[Thresholds | None, CausalSelection | None]:
-    """Thresholds and lifetimes, as wanted, of the rows u [R, S] (contiguous) with segment ids [R, S] or none."""
-    size = u.shape[1]
+    """Thresholds and lifetimes, as wanted, of the rows u [R, S] (contiguous) with segment ids [R, S] or none.
+
+    Rows are taken in groups, so that what is needed in between does not grow with their number.
+    """
+    rows, size = u.shape
     if size > _LONGEST:
         raise ShapeError("u", got=f"{size} scores in a row", expected=f"at most {_LONGEST} on a GPU")
+    found, lived = None, None
+    if thresholds:
+        exact = [torch.empty(rows, size, dtype=torch.int64, device=u.device) for _ in range(2)]
+        candidates = torch.empty(rows, size, dtype=torch.int32, device=u.device)
+        found = Thresholds(torch.empty(rows, size, dtype=result_dtype(u), device=u.device), *exact, candidates)
+    if lifetimes:
+        lived = CausalSelection(*(torch.empty(rows, size, dtype=torch.int32, device=u.device) for _ in range(3)))
+    together = max(1, _TOGETHER // max(size, 1))
+    for first in range(0, rows, together):
+        group = slice(first, first + together)
+        _select_group(
+            u[group], k, after, None if segments is None else segments[group],
+            None if found is None else Thresholds(*(x[group] for x in found)),
+            None if lived is None else CausalSelection(*(x[group] for x in lived)),
+        )  # fmt: skip
+    return found, lived
+
+
+def _select_group(
+    u: Tensor,
+    k: int,
+    after: int,
+    segments: Tensor | None,
+    thresholds: Thresholds | None,
+    lifetimes: CausalSelection | None,
+) -> None:
+    """As ``select``, into ``thresholds`` and ``lifetimes``."""
+    size = u.shape[1]
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
     bounds = _bounds(segments)
     grid = grids.quantize(u)
-    order = _order(u, bounds)
-    found_thresholds, found_lifetimes = None, None
-    if thresholds:
-        events = merged_events(order, grid.value, grid.alive, grid.unit, bounds)
+    keys = ranked(_order(grid.score, bounds), grid.value)
+    if thresholds is not None:
+        events = merged_events(keys, grid.value, grid.alive, grid.unit, bounds)
         found = staircase.crossings(events, size, budget, counts=grid.counts, unit=grid.unit, segments=bounds)
-        made = threshold_kernels.thresholds(found, events, grid, budget, after, bounds, result_dtype(u))
-        found_thresholds = Thresholds(*made)
-    if lifetimes:
-        counted = counted_events(order)
-        found = staircase.crossings(counted, size, budget - 1, segments=bounds)
-        lived = lifetime_kernels.lifetimes(found.reach, counted.place, grid.alive, grid.counts, budget, after, bounds)
-        found_lifetimes = CausalSelection(*lived)
-    return found_thresholds, found_lifetimes
+        threshold_kernels.thresholds(found, events, grid, budget, after, bounds, thresholds)
+        del events, found
+    if lifetimes is not None:
+        found = staircase.crossings(keys.counted, size, budget - 1, segments=bounds)
+        lifetime_kernels.lifetimes(
+            found.reach, keys.counted.place, grid.alive, grid.counts, budget, after, bounds, lifetimes
+        )
 
 
 def threshold_gradient(
     grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None
 ) -> Tensor:
     """dL/du [R, S] in u's dtype from dL/dtau [R, S]."""
-    grid, after = grids.quantize(u), min(after, u.shape[1])
+    grid, after = grids.quantize(u, counted=False), min(after, u.shape[1])
     return threshold_kernels.threshold_gradient(grad.contiguous(), grid, floor, ceil, after, _bounds(segments), u.dtype)
 
 
@@ -94,10 +125,9 @@ def _bounds(segments: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return start.int(), end.int()
 
 
-def _order(u: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Keys by falling score, NaN as -inf, the earlier first on ties; later segments before earlier ones."""
-    scores = torch.nan_to_num(u, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = scores.sort(dim=1, descending=True, stable=True).indices
+def _order(score: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Keys by falling score, without NaN, the earlier first on ties; later segments before earlier ones."""
+    order = score.sort(dim=1, descending=True, stable=True).indices
     if bounds is None:
         return order
     start = bounds[0].gather(1, order)

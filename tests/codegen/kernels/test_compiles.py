@@ -18,7 +18,7 @@ EXPECTED = {
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_extents", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),
-    *("_deaths", "_links", "_follow_inside", "_follow", "_place", "_newest", "_fill"),
+    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill"),
 }
 
 

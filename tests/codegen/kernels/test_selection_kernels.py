@@ -35,13 +35,22 @@ def same(name: str, got: Tensor, wanted: Tensor) -> None:
     assert not apart.any(), f"{name}: {int(apart.sum())} differ, first at {apart.nonzero()[0].tolist()}"
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("programs", ["one a row", "many a row"])
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("regime", "size", "k", "after"), CASES)
 def test_kernels_give_the_bits_of_the_pytorch_forms(
-    regime: str, size: int, k: int, after: int, segmented: bool
+    regime: str, size: int, k: int, after: int, segmented: bool, programs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from flexsparse.codegen.kernels import grid, lifetimes
     from flexsparse.ops import kernels
 
+    if programs == "many a row":
+        # And each row in a group of its own.
+        monkeypatch.setattr(kernels, "_TOGETHER", 1)
+        for module in (grid, lifetimes):
+            monkeypatch.setattr(module, "_ONE_PROGRAM", 0)
+            monkeypatch.setattr(module, "_BLOCK", min(1024, max(32, size // 16)))
     u = torch.stack([draw(regime, size, seed) for seed in range(2)])
     segments = None
     if segmented:
