@@ -74,67 +74,67 @@ def _on_grid(u, step, center, top, bottom):
 
 
 @triton.jit
-def _row_grid(
-    p_u, p_unit, p_step, p_center, p_nan, p_top, p_bottom, p_value, p_alive, p_counts, p_score, size, bits,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """The grid of one row: from its largest and smallest finite score; its values too where BLOCK holds the WHOLE."""
-    row = tl.program_id(0).to(tl.int64)
+def _extent(u, at):
+    """The largest and smallest finite score and the first NaN of scores [N]."""
     infinity = float("inf")
-    highest = tl.full([BLOCK], -infinity, tl.float64)
-    lowest = tl.full([BLOCK], infinity, tl.float64)
-    nan = tl.full([BLOCK], 2147483647, tl.int32)
-    for first in range(0, size, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        u = tl.load(p_u + row * size + at, mask=at < size, other=infinity).to(tl.float64)
-        finite = tl.abs(u) < infinity
-        highest = tl.maximum(highest, tl.where(finite, u, -infinity))
-        lowest = tl.minimum(lowest, tl.where(finite, u, infinity))
-        nan = tl.minimum(nan, tl.where(u != u, at, 2147483647))
-    top, bottom = tl.max(highest, 0), tl.min(lowest, 0)
-    some = top > -infinity
-    top, bottom = tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
-    unit, step, center = grid_between(top, bottom, bits)
-    top, bottom = rounded((top - center) / step).to(tl.int64), rounded((bottom - center) / step).to(tl.int64)
-    tl.store(p_unit + row, unit)
-    tl.store(p_step + row, step)
-    tl.store(p_center + row, center)
-    tl.store(p_nan + row, tl.minimum(tl.min(nan, 0), size))
-    if WHOLE:
-        at = tl.arange(0, BLOCK)
-        m_at = at < size
-        given = tl.load(p_u + row * size + at, mask=m_at, other=-infinity)
-        value, alive, counted = _on_grid(given.to(tl.float64), step, center, top, bottom)
-        tl.store(p_value + row * size + at, value, mask=m_at)
-        tl.store(p_alive + row * size + at, alive, mask=m_at)
-        if COUNTED:
-            tl.store(p_counts + row * size + at, tl.cumsum(counted, 0), mask=m_at)
-            tl.store(p_score + row * size + at, tl.where(given == given, given, -infinity), mask=m_at)
-    else:
-        tl.store(p_top + row, top)
-        tl.store(p_bottom + row, bottom)
+    finite = tl.abs(u) < infinity
+    highest = tl.max(tl.where(finite, u, -infinity), 0)
+    lowest = tl.min(tl.where(finite, u, infinity), 0)
+    return highest, lowest, tl.min(tl.where(u != u, at, 2147483647), 0)
+
+
+@triton.jit
+def _extents(p_u, p_highest, p_lowest, p_nans, size, n_blocks, BLOCK: tl.constexpr):
+    """Those of every block."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(p_u + row * size + at, mask=at < size, other=float("inf")).to(tl.float64)
+    highest, lowest, nan = _extent(u, at)
+    tl.store(p_highest + row * n_blocks + block, highest)
+    tl.store(p_lowest + row * n_blocks + block, lowest)
+    tl.store(p_nans + row * n_blocks + block, nan)
 
 
 @triton.jit
 def _quantize(
-    p_u, p_step, p_center, p_top, p_bottom, p_value, p_alive, p_score, p_blocks, size, n_blocks,
-    BLOCK: tl.constexpr, COUNTED: tl.constexpr,
+    p_u, p_highest, p_lowest, p_nans, p_unit, p_step, p_center, p_nan, p_value, p_alive, p_counts, p_score, p_blocks,
+    size, n_blocks, bits, BLOCK: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """Grid values of one block, and how many of its scores are finite and +inf."""
+    """The grid of a row, and values of one block on it: the WHOLE row, or else how many are finite and +inf there."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     m_at = at < size
     infinity = float("inf")
     given = tl.load(p_u + row * size + at, mask=m_at, other=-infinity)
-    value, alive, counted = _on_grid(
-        given.to(tl.float64), tl.load(p_step + row), tl.load(p_center + row), tl.load(p_top + row),
-        tl.load(p_bottom + row),
-    )  # fmt: skip
+    u = given.to(tl.float64)
+    if WHOLE:
+        top, bottom, nan = _extent(u, at)
+    else:
+        part = tl.arange(0, PARTS)
+        m_part = part < n_blocks
+        top = tl.max(tl.load(p_highest + row * n_blocks + part, mask=m_part, other=-infinity), 0)
+        bottom = tl.min(tl.load(p_lowest + row * n_blocks + part, mask=m_part, other=infinity), 0)
+        nan = tl.min(tl.load(p_nans + row * n_blocks + part, mask=m_part, other=2147483647), 0)
+    some = top > -infinity
+    top, bottom = tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
+    unit, step, center = grid_between(top, bottom, bits)
+    if block == 0:
+        tl.store(p_unit + row, unit)
+        tl.store(p_step + row, step)
+        tl.store(p_center + row, center)
+        tl.store(p_nan + row, tl.minimum(nan, size))
+    finite = tl.abs(u) < infinity
+    above = u == infinity
+    value = rounded((tl.where(finite, u, tl.where(above, top, bottom)) - center) / step).to(tl.int64)
     tl.store(p_value + row * size + at, value, mask=m_at)
-    tl.store(p_alive + row * size + at, alive, mask=m_at)
+    tl.store(p_alive + row * size + at, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), mask=m_at)
     if COUNTED:
         tl.store(p_score + row * size + at, tl.where(given == given, given, -infinity), mask=m_at)
-        tl.store(p_blocks + row * n_blocks + block, tl.sum(counted, 0))
+        counted = tl.where(finite, 1, tl.where(above, 4294967296, 0)).to(tl.int64)
+        if WHOLE:
+            tl.store(p_counts + row * size + at, tl.cumsum(counted, 0), mask=m_at)
+        else:
+            tl.store(p_blocks + row * n_blocks + block, tl.sum(counted, 0))
 
 
 @triton.jit
@@ -164,27 +164,26 @@ def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
     Without ``counted`` neither ``counts`` nor ``score`` is set.
     """
     rows, size = u.shape
-    n_blocks = triton.cdiv(size, _BLOCK)
+    whole = size <= _ONE_PROGRAM
+    block = triton.next_power_of_2(size) if whole else _BLOCK
+    n_blocks = triton.cdiv(size, block)
 
     def made(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(rows, *shape, dtype=dtype, device=u.device)
 
-    unit, top, bottom = made(torch.int64), made(torch.int64), made(torch.int64)
-    step, center, first_nan = made(torch.float64), made(torch.float64), made(torch.int32)
-    value, alive = made(torch.int64, size), made(torch.int8, size)
-    counts, score = made(torch.int64, size if counted else 0), made(u.dtype, size if counted else 0)
-    whole = size <= _ONE_PROGRAM
-    launch(
-        _row_grid, (rows,), (u, unit, step, center, first_nan, top, bottom, value, alive, counts, score),
-        (size, 60 - max(size, 1).bit_length()), BLOCK=triton.next_power_of_2(size) if whole else 4096, WHOLE=whole,
-        COUNTED=counted, num_warps=8,
-    )  # fmt: skip
+    real, long = torch.float64, torch.int64
+    unit, step, center, first_nan = made(long), made(real), made(real), made(torch.int32)
+    value, alive = made(long, size), made(torch.int8, size)
+    counts, score = made(long, size if counted else 0), made(u.dtype, size if counted else 0)
+    extents = made(real, n_blocks), made(real, n_blocks), made(torch.int32, n_blocks)
+    blocks, grid = made(long, n_blocks), (rows, n_blocks)
     if not whole:
-        blocks, grid = made(torch.int64, n_blocks), (rows, n_blocks)
-        launch(
-            _quantize, grid, (u, step, center, top, bottom, value, alive, score, blocks), (size, n_blocks),
-            BLOCK=_BLOCK, COUNTED=counted,
-        )  # fmt: skip
-        if counted:
-            launch(_running_counts, grid, (alive, blocks, counts), (size, n_blocks), BLOCK=_BLOCK)
+        launch(_extents, grid, (u, *extents), (size, n_blocks), BLOCK=block)
+    launch(
+        _quantize, grid, (u, *extents, unit, step, center, first_nan, value, alive, counts, score, blocks),
+        (size, n_blocks, 60 - max(size, 1).bit_length()), BLOCK=block, PARTS=triton.next_power_of_2(n_blocks),
+        WHOLE=whole, COUNTED=counted, num_warps=max(4, min(16, block // 256)),
+    )  # fmt: skip
+    if counted and not whole:
+        launch(_running_counts, grid, (alive, blocks, counts), (size, n_blocks), BLOCK=block)
     return Quantized(value, alive, counts, score, unit, step, center, first_nan)

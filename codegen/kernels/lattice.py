@@ -137,18 +137,11 @@ def outline(
 
 
 @triton.jit
-def _earlier(time, weight, moment, t):
-    """What events [BLOCK, FACTOR] bring into the prefixes of t times [T]: [T, BLOCK, FACTOR]."""
-    earlier = time[None, :, :] < t[:, None, None]
-    return tl.where(earlier, weight[None, :, :], 0), tl.where(earlier, moment[None, :, :], 0)
-
-
-@triton.jit
 def _parts_reached(
     p_edge, p_counts, p_start, p_end, p_unit, row, bucket, t, weight, moment, top_weight, top_moment,
     times, events, budget, size, COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Which of a bucket's parts the prefixes of t times [T] reach, and their sums at each part's top [T, FACTOR].
+    """Which of a bucket's parts the prefixes of t times [T] reach, and their sums up to each part's end [T, FACTOR].
 
     A prefix that does not reach beyond the bucket's first position gets -1, one that reaches beyond its last FACTOR.
     ``weight`` and ``moment`` [T, FACTOR] are the sums inside the parts, ``top_weight`` and ``top_moment`` [T] those
@@ -188,17 +181,15 @@ def refine(
         row = cell.to(tl.int64) // coarse_cells
         coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
         inner = tl.arange(0, FACTOR)
-        part = column * FACTOR + inner
-        t = tl.minimum(part * chunk, times)
-        last_t = tl.minimum((column + 1) * FACTOR * chunk, times) + tl.arange(0, 1)
+        # The prefixes at which the parts of the chunk begin, and from FACTOR on that at its end.
+        number = tl.arange(0, 2 * FACTOR)
+        t = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, times)
         # Keys without weight stand at the list's end, which a lattice may go beyond.
         top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
-        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
-        # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's.
-        weight = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32)
-        moment = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int64)
-        last_weight = tl.zeros([1, BLOCK, FACTOR], tl.int32)
-        last_moment = tl.zeros([1, BLOCK, FACTOR], tl.int64)
+        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, and of the chunk's own
+        # keys before the bucket's end.
+        weight = tl.zeros([2 * FACTOR, BLOCK, FACTOR], tl.int32)
+        moment = tl.zeros([2 * FACTOR, BLOCK, FACTOR], tl.int64)
         own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
         own_moment = tl.zeros([BLOCK, FACTOR], tl.int64)
         # Unrolled by hand: the loop's own option came with Triton 3.2.
@@ -208,37 +199,28 @@ def refine(
                 o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
                 m_event = (inside < bucket) & (o_event < events)
                 time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
-                key = part[None, :] * chunk + inside
+                key = (column * FACTOR + inner)[None, :] * chunk + inside
                 m_key = (inside < chunk) & (key < times)
                 own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
                 own_weight += own_w
                 own_moment += own_m
-                earlier_weight, earlier_moment = _earlier(time, w, m, t)
-                weight += earlier_weight
-                moment += earlier_moment
-                earlier_weight, earlier_moment = _earlier(time, w, m, last_t)
-                last_weight += earlier_weight
-                last_moment += earlier_moment
-        first_weight, first_moment = tl.load(p_weight + cell), tl.load(p_moment + cell)
-        own_w, own_m = tl.sum(own_weight, 0), tl.sum(own_moment, 0)
+                earlier = time[None, :, :] < t[:, None, None]
+                weight += tl.where(earlier, w[None, :, :], 0)
+                moment += tl.where(earlier, m[None, :, :], 0)
+        before = inner[None, :] < number[:, None]
+        top_weight = tl.load(p_weight + cell) + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
+        top_moment = tl.load(p_moment + cell) + tl.sum(tl.where(before, tl.sum(own_moment, 0)[None, :], 0), 1)
         highest, upto_weight, upto_moment = _parts_reached(
             p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, t, tl.sum(weight, 1), tl.sum(moment, 1),
-            first_weight + tl.cumsum(own_w, 0) - own_w, first_moment + tl.cumsum(own_m, 0) - own_m,
-            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
-        )  # fmt: skip
-        zero = tl.zeros([1], tl.int32)
-        last, _, _ = _parts_reached(
-            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, last_t,
-            tl.sum(last_weight, 1), tl.sum(last_moment, 1),
-            first_weight + tl.sum(own_w, 0) + zero, first_moment + tl.sum(own_m, 0) + zero,
-            times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
+            top_weight, top_moment, times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
         # A column ends where the next one begins.
-        following = tl.sum(tl.where(inner[None, :] == inner[:, None] + 1, highest[None, :], 0), 1)
-        lowest = tl.where(inner == FACTOR - 1, last, following)
-        here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None]) & (part < n_chunks)[:, None]
-        number = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)[None, :]  # [FACTOR, FACTOR]
-        target = row * (n_chunks + n_buckets - 1) + number
-        tl.store(p_new_column + target, tl.zeros_like(number) + part[:, None], mask=here)
+        lowest = tl.sum(tl.where(number[None, :] == number[:, None] + 1, highest[None, :], 0), 1)
+        part = column * FACTOR + number
+        here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None])
+        here &= ((number < FACTOR) & (part < n_chunks))[:, None]
+        place = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)[None, :]  # [2 * FACTOR, FACTOR]
+        target = row * (n_chunks + n_buckets - 1) + place
+        tl.store(p_new_column + target, tl.zeros_like(place) + part[:, None], mask=here)
         tl.store(p_new_weight + target, upto_weight, mask=here)
         tl.store(p_new_moment + target, upto_moment, mask=here)

@@ -10,14 +10,14 @@ pointer to a time and one to a position would follow it in S + N steps, taking k
 sums. To have many walkers, the staircase is found in a coarse lattice of times and positions first, and then in finer
 ones (``lattice``):
 
-1. ``table``: the sums over slices of positions, for 16 prefixes; ``outline``: the cells of a lattice of 16 chunks of
-   times which the staircase passes through;
-2. ``refine``: the same for a lattice 2 to 16 times as fine, from the events and keys of each of these cells alone;
+1. ``table``: the sums over slices of positions, for 16 to 128 prefixes; ``outline``: the cells of a lattice of so many
+   chunks of times which the staircase passes through;
+2. ``refine``: the same for a lattice 2 to 8 times as fine, from the events and keys of each of these cells alone;
    repeated until there are enough cells, or they are small;
 3. ``walk``: one walker a cell.
 
 A refinement reads the events and keys of its path's cells alone, of which there are (S + N) / C at most with C events
-and C keys each: S + N of either. There are O(log S) refinements: one for 16 rows of 4,096, two for 16 of 65,536, three
+and C keys each: S + N of either. There are O(log S) refinements: none for 16 rows of 4,096, two for 16 of 65,536, three
 for 8 of a million. So the work is O(S log S) at most for any input, and memory is O(S). All sums are of int64, hence
 exact, every number is written once, and no atomics are used. Packed segments need nothing more than an order in which
 later segments stand first: a prefix that ends in a segment has no event of a later one, and its limit is the end of its
@@ -39,24 +39,30 @@ from flexsparse.codegen.kernels.lattice import outline, refine, table
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.walk import walk
 
-# The coarsest lattice has up to 16 chunks: a table of more prefixes costs more than a refinement.
-_PREFIXES = 16
-# Times and positions of the finest lattice's cells, at least and at most, and how many walkers keep a device busy.
-_SMALLEST, _LARGEST, _WALKERS = 16, 128, 1 << 15
-_MOST_BITS = 4
-# About how many programs the table has, and how many warps a refinement where its cells allow.
-_PROGRAMS, _WARPS = 1024, 4096
+# Chunks of the coarsest lattice, and the comparisons of events with prefixes that its table may take: more chunks save
+# a refinement, but each event is compared with every prefix.
+_PREFIXES, _MOST_PREFIXES, _COMPARED = 16, 128, 1 << 26
+# Times and positions of the finest lattice's cells, at least and at most, how many walkers keep a device busy, and a size
+# below which cells are not refined to have more of them.
+_SMALLEST, _LARGEST, _WALKERS, _SMALL = 16, 128, 1 << 15, 64
+_MOST_BITS = 3
+# About how many programs the table has, the elements of its sums, and the events that a lane of a refinement takes.
+_PROGRAMS, _SUMS, _EVENTS_A_LANE = 1024, 4096, 8
 # Walkers of one program, and their steps before it looks whether all have arrived.
 _LANES, _STEPS = 32, 4
 
 
 class Lattices(NamedTuple):
-    """The coarsest lattice, how many times as fine each following one is, and how the table cuts the positions."""
+    """The coarsest lattice, how many times as fine each following one is, and how the table cuts the positions.
+
+    ``prefixes`` chunks of it have entries in the table.
+    """
 
     chunk: int
     bucket: int
     factors: tuple[int, ...]
     slice: int
+    prefixes: int
 
 
 class Crossings(NamedTuple):
@@ -106,19 +112,22 @@ def lattices_for(rows: int, times: int, size: int) -> Lattices:
 
     A walk takes up to chunk + bucket steps, each of which waits for memory: cells are made so small that the walkers
     fill a device, and no smaller, for every refinement reads the list again. It reads a cell's events and its chunk's
-    keys, 12 bytes and 16: about equal numbers of both, as in square cells, come close to the least. Factors beyond 16
-    would save a launch, but each event is compared with as many prefixes.
+    keys, 12 bytes and 16: about equal numbers of both, as in square cells, come close to the least. Factors beyond 8
+    would save a launch, but each event is compared with twice as many prefixes.
     """
-    chunk = max(_SMALLEST, triton.next_power_of_2(triton.cdiv(times, _PREFIXES)))
+    prefixes = _MOST_PREFIXES
+    while prefixes > _PREFIXES and rows * size * prefixes > _COMPARED:
+        prefixes //= 2
+    chunk = max(_SMALLEST, triton.next_power_of_2(triton.cdiv(times, prefixes)))
     wanted = _LARGEST
     while wanted > _SMALLEST and rows * (times + size) < wanted * _WALKERS:
         wanted //= 2
-    bits = max(0, (chunk // wanted).bit_length() - 1)
+    bits = max(0, (chunk // max(wanted, min(chunk, _SMALL))).bit_length() - 1)
     levels = triton.cdiv(bits, _MOST_BITS)
     # The finer refinements have the more cells; they get the larger share.
     factors = tuple(1 << ((bits + level) // levels) for level in range(levels))
     length = min(chunk, max(_SMALLEST, triton.next_power_of_2(triton.cdiv(rows * size, _PROGRAMS))))
-    return Lattices(chunk, chunk, factors, length)
+    return Lattices(chunk, chunk, factors, length, prefixes)
 
 
 def crossings(
@@ -142,10 +151,10 @@ def crossings(
     lattices = lattices_for(rows, times, size)
     levels = _levels(rows, times, size, lattices, events.code.device)
     coarse, finest = levels[0], levels[-1]
-    _outline(events, shared, flags, coarse, lattices.slice, times, budget)
+    _outline(events, shared, flags, coarse, lattices, times, budget)
     for factor, fine in zip(lattices.factors, levels[1:], strict=True):
         programs = coarse.column.numel()
-        warps = max(1, min(8, triton.next_power_of_2(triton.cdiv(_WARPS, programs)), factor * fine.bucket // 32))
+        warps = max(1, min(8, factor * fine.bucket // (32 * _EVENTS_A_LANE)))
         # A lane takes one event of one part of a cell at a time.
         block = max(2, 32 * warps // factor)
         launch(
@@ -180,20 +189,22 @@ def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.
 
 
 def _outline(
-    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], coarse: Level, length: int, times: int,
+    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], coarse: Level, lattices: Lattices, times: int,
     budget: int,
 ) -> None:  # fmt: skip
-    """The path through the coarsest lattice, from a table over slices of ``length`` positions."""
+    """The path through the coarsest lattice, from a table over slices of positions."""
     rows, size = events.code.shape
+    length, prefixes = lattices.slice, lattices.prefixes
     n_slices = triton.cdiv(size, length)
-    weight = torch.empty(rows, _PREFIXES, n_slices, dtype=torch.int32, device=events.code.device)
+    weight = torch.empty(rows, prefixes, n_slices, dtype=torch.int32, device=events.code.device)
     moment = torch.empty_like(weight, dtype=torch.int64)
     launch(
         table, (rows * n_slices,), (events.code, events.edge, weight, moment),
-        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=_PREFIXES, BLOCK=min(128, length),
+        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=prefixes,
+        BLOCK=min(_SUMS // prefixes, length),
     )  # fmt: skip
     launch(
         outline, (rows * coarse.n_chunks,), (events.edge, *shared, weight, moment, *coarse.cells),
-        (times, size, budget, *coarse.sizes, n_slices), **flags, PREFIXES=_PREFIXES,
+        (times, size, budget, *coarse.sizes, n_slices), **flags, PREFIXES=prefixes,
         BUCKETS=triton.next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
     )  # fmt: skip

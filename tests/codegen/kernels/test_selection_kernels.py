@@ -50,7 +50,7 @@ def test_kernels_give_the_bits_of_the_pytorch_forms(
         monkeypatch.setattr(kernels, "_TOGETHER", 1)
         for module in (grid, lifetimes):
             monkeypatch.setattr(module, "_ONE_PROGRAM", 0)
-            monkeypatch.setattr(module, "_BLOCK", min(1024, max(32, size // 16)))
+            monkeypatch.setattr(module, "_BLOCK", 32 if size < 1000 else 256)
     u = torch.stack([draw(regime, size, seed) for seed in range(2)])
     segments = None
     if segmented:

@@ -22,14 +22,14 @@ pytestmark = [
     *([] if INTERPRETED else [pytest.mark.gpu]),
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter"),
 ]
-# Chunk and bucket of the coarsest lattice, the refinements after it, and the table's slices.
+# Chunk and bucket of the coarsest lattice, the refinements after it, the table's slices and prefixes.
 SHAPES = [
-    (8, 16, (), 16),
-    (8, 8, (2,), 4),
-    (16, 32, (4, 2), 8),
-    (64, 64, (4, 8), 16),
-    (64, 16, (2, 2, 4), 16),
-    (16, 128, (16,), 32),
+    (8, 16, (), 16, 16),
+    (8, 8, (2,), 4, 8),
+    (16, 32, (4, 2), 8, 16),
+    (64, 64, (4, 8), 16, 16),
+    (64, 16, (2, 2, 4), 16, 32),
+    (16, 128, (16,), 32, 64),
 ]
 CHOSEN = ("normal", "heavy ties", "position slope", "both infinities", "nearly equal", "gap wider than one")
 CASES = [(regime, SHAPES[i % len(SHAPES)], 59) for i, regime in enumerate(CHOSEN)]
@@ -143,15 +143,16 @@ def test_lattices_are_whole_small_enough_and_end_with_enough_cells() -> None:
         for times in (1, 16, 17, 64, 1000, 4096, 65536, 1 << 20, 1 << 24):
             for scale in (1, 2):
                 shape = lattices_for(rows, times, scale * times)
-                assert shape.chunk * 16 >= times
+                assert shape.chunk * shape.prefixes >= times
+                assert shape.prefixes == 16 or rows * scale * times * shape.prefixes <= 1 << 26
                 assert shape.bucket % shape.slice == 0
                 chunk = shape.chunk
                 for factor in shape.factors:
-                    assert 2 <= factor <= 16
+                    assert 2 <= factor <= 8
                     assert chunk % factor == 0
                     chunk //= factor
                 assert 16 <= chunk <= 128
-    assert lattices_for(16, 4096, 8192).factors == (16,)
-    assert lattices_for(16, 65536, 131072).factors == (8, 8)
+    assert lattices_for(16, 4096, 8192).factors == ()
+    assert lattices_for(16, 65536, 131072).factors == (4, 8)
     assert lattices_for(512, 16384, 32768).factors == (8,)
     assert lattices_for(8, 1 << 20, 1 << 21).factors == (8, 8, 8)
