@@ -34,9 +34,9 @@ def load_events(p_code, p_edge, o_event, m_event, COUNT: tl.constexpr):
     none = code < 0
     time = tl.where(none, 2147483647, code >> 1)
     if COUNT:
-        weight = tl.zeros_like(code)
-        moment = tl.where(none, 0, 1).to(tl.int64)
-        edge = tl.zeros_like(moment)
+        weight = code * 0
+        moment = tl.where(none, 0, 1)
+        edge = weight
     else:
         edge = tl.load(p_edge + o_event, mask=m_event, other=0)
         weight = tl.where(none, 0, 1 - 2 * (code & 1))

@@ -55,7 +55,7 @@ def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.co
     plus = m_key & (place.to(tl.int32) < x)
     if COUNT:
         weight = tl.zeros_like(key)
-        moment = plus.to(tl.int64)
+        moment = plus.to(tl.int32)
     else:
         minus = m_key & ((place >> 32).to(tl.int32) < x)
         value = tl.load(p_value + at, mask=m_key, other=0)
@@ -67,24 +67,27 @@ def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.co
 @triton.jit
 def table(
     p_code, p_edge, p_weight, p_moment, events, chunk, n_slices, size,
-    COUNT: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the events of one slice of positions, for the prefix of each chunk and those before it."""
     row, part = tl.program_id(0).to(tl.int64) // n_slices, tl.program_id(0) % n_slices
     prefix = tl.arange(0, PREFIXES)
     stop = (prefix + 1) * chunk
-    # Each lane adds up its own events for all prefixes; the lanes meet once, at the end.
-    weight = tl.zeros([PREFIXES, BLOCK], tl.int32)
-    moment = tl.zeros([PREFIXES, BLOCK], tl.int64)
-    for first in range(0, size, BLOCK):
-        o_event = part * size + first + tl.arange(0, BLOCK)
-        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
-        earlier = time[None, :] < stop[:, None]
-        weight += tl.where(earlier, w[None, :], 0)
-        moment += tl.where(earlier, m[None, :], 0)
+    # A lane has prefixes, and all lanes take the same event at a time: nothing is to be added up across them.
+    weight = tl.zeros([PREFIXES], tl.int32)
+    moment = tl.zeros([PREFIXES], tl.int32 if COUNT else tl.int64)
+    for first in range(0, size, UNROLL):
+        for step in tl.static_range(UNROLL):
+            o_event = part * size + first + step
+            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
+            earlier = time < stop
+            if not COUNT:
+                weight += tl.where(earlier, w, 0)
+            moment += tl.where(earlier, m, 0)
     target = (row * PREFIXES + prefix) * n_slices + part
-    tl.store(p_weight + target, tl.sum(weight, 1))
-    tl.store(p_moment + target, tl.sum(moment, 1))
+    if not COUNT:
+        tl.store(p_weight + target, weight)
+    tl.store(p_moment + target, moment)
 
 
 @triton.jit
@@ -99,9 +102,13 @@ def _bucket_reached(
     entry = (row * PREFIXES + column - 1) * n_slices + part
     # The prefix of no times has no entry.
     m_entry = part < tl.where(column > 0, n_slices, 0)
-    weight = tl.sum(tl.load(p_weight + entry, mask=m_entry, other=0), 1)
     moment = tl.sum(tl.load(p_moment + entry, mask=m_entry, other=0), 1)
-    upto_weight, upto_moment = tl.cumsum(weight, 0), tl.cumsum(moment, 0)
+    upto_moment = tl.cumsum(moment, 0)
+    weight = tl.zeros([BUCKETS], tl.int32)
+    upto_weight = weight
+    if not COUNT:
+        weight = tl.sum(tl.load(p_weight + entry, mask=m_entry, other=0), 1)
+        upto_weight = tl.cumsum(weight, 0)
     x = number * bucket
     edge = tl.zeros([BUCKETS], tl.int64)
     if not COUNT:
@@ -147,7 +154,9 @@ def _parts_reached(
     ``weight`` and ``moment`` [T, FACTOR] are the sums inside the parts, ``top_weight`` and ``top_moment`` [T] those
     before the end of the bucket.
     """
-    upto_weight = (top_weight - tl.sum(weight, 1))[:, None] + tl.cumsum(weight, 1)
+    upto_weight = weight
+    if not COUNT:
+        upto_weight = (top_weight - tl.sum(weight, 1))[:, None] + tl.cumsum(weight, 1)
     upto_moment = (top_moment - tl.sum(moment, 1))[:, None] + tl.cumsum(moment, 1)
     x = (bucket * FACTOR + tl.arange(0, FACTOR)) * size
     top = (bucket + 1) * FACTOR * size
@@ -168,6 +177,13 @@ def _parts_reached(
 
 
 @triton.jit
+def _with_last(each, last, FACTOR: tl.constexpr):
+    """Sums [FACTOR, FACTOR] of the prefixes at which parts begin, and then those [1, FACTOR] of the one at the end."""
+    both = tl.join(each, tl.broadcast_to(last, [FACTOR, FACTOR]))
+    return tl.reshape(tl.permute(both, (2, 0, 1)), [2 * FACTOR, FACTOR])
+
+
+@triton.jit
 def refine(
     p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
@@ -181,17 +197,19 @@ def refine(
         row = cell.to(tl.int64) // coarse_cells
         coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
         inner = tl.arange(0, FACTOR)
-        # The prefixes at which the parts of the chunk begin, and from FACTOR on that at its end.
-        number = tl.arange(0, 2 * FACTOR)
-        t = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, times)
+        t = (column * FACTOR + inner) * chunk
+        last_t = (column + 1) * FACTOR * chunk
         # Keys without weight stand at the list's end, which a lattice may go beyond.
         top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
-        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, and of the chunk's own
-        # keys before the bucket's end.
-        weight = tl.zeros([2 * FACTOR, BLOCK, FACTOR], tl.int32)
-        moment = tl.zeros([2 * FACTOR, BLOCK, FACTOR], tl.int64)
+        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
+        # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's
+        # end.
+        weight = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32)
+        moment = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
+        last_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
+        last_moment = tl.zeros([BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
         own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
-        own_moment = tl.zeros([BLOCK, FACTOR], tl.int64)
+        own_moment = tl.zeros([BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
         # Unrolled by hand: the loop's own option came with Triton 3.2.
         for first in range(0, tl.maximum(bucket, chunk), BLOCK * UNROLL):
             for step in tl.static_range(UNROLL):
@@ -202,16 +220,27 @@ def refine(
                 key = (column * FACTOR + inner)[None, :] * chunk + inside
                 m_key = (inside < chunk) & (key < times)
                 own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
-                own_weight += own_w
                 own_moment += own_m
                 earlier = time[None, :, :] < t[:, None, None]
-                weight += tl.where(earlier, w[None, :, :], 0)
                 moment += tl.where(earlier, m[None, :, :], 0)
+                last_moment += tl.where(time < last_t, m, 0)
+                if not COUNT:
+                    own_weight += own_w
+                    weight += tl.where(earlier, w[None, :, :], 0)
+                    last_weight += tl.where(time < last_t, w, 0)
+        # From FACTOR on, the prefix at the chunk's end.
+        number = tl.arange(0, 2 * FACTOR)
         before = inner[None, :] < number[:, None]
-        top_weight = tl.load(p_weight + cell) + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
+        inside_moment = _with_last(tl.sum(moment, 1), tl.sum(last_moment, 0)[None, :], FACTOR)
         top_moment = tl.load(p_moment + cell) + tl.sum(tl.where(before, tl.sum(own_moment, 0)[None, :], 0), 1)
+        inside_weight = tl.zeros([2 * FACTOR, FACTOR], tl.int32)
+        top_weight = tl.zeros([2 * FACTOR], tl.int32)
+        if not COUNT:
+            inside_weight = _with_last(tl.sum(weight, 1), tl.sum(last_weight, 0)[None, :], FACTOR)
+            top_weight = tl.load(p_weight + cell) + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
+        prefix = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, times)
         highest, upto_weight, upto_moment = _parts_reached(
-            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, t, tl.sum(weight, 1), tl.sum(moment, 1),
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, prefix, inside_weight, inside_moment,
             top_weight, top_moment, times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
         # A column ends where the next one begins.

@@ -42,12 +42,12 @@ from flexsparse.codegen.kernels.walk import walk
 # Chunks of the coarsest lattice, and the comparisons of events with prefixes that its table may take: more chunks save
 # a refinement, but each event is compared with every prefix.
 _PREFIXES, _MOST_PREFIXES, _COMPARED = 16, 128, 1 << 26
-# Times and positions of the finest lattice's cells, at least and at most, how many walkers keep a device busy, and a size
-# below which cells are not refined to have more of them.
+# The finest lattice's cells: times and positions at least and at most, how many walkers keep a device busy, and up to
+# which size they are not refined for the sake of more walkers.
 _SMALLEST, _LARGEST, _WALKERS, _SMALL = 16, 128, 1 << 15, 64
 _MOST_BITS = 3
-# About how many programs the table has, the elements of its sums, and the events that a lane of a refinement takes.
-_PROGRAMS, _SUMS, _EVENTS_A_LANE = 1024, 4096, 8
+# About how many programs the table has, and the events that a lane of a refinement takes.
+_PROGRAMS, _EVENTS_A_LANE = 8192, 16
 # Walkers of one program, and their steps before it looks whether all have arrived.
 _LANES, _STEPS = 32, 4
 
@@ -200,8 +200,8 @@ def _outline(
     moment = torch.empty_like(weight, dtype=torch.int64)
     launch(
         table, (rows * n_slices,), (events.code, events.edge, weight, moment),
-        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=prefixes,
-        BLOCK=min(_SUMS // prefixes, length),
+        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=prefixes, UNROLL=min(8, length),
+        num_warps=1,
     )  # fmt: skip
     launch(
         outline, (rows * coarse.n_chunks,), (events.edge, *shared, weight, moment, *coarse.cells),

@@ -50,11 +50,14 @@ def _threshold(
     # f falls by `weight` a step below `upper`, where it is still within the budget by `room`, which is not negative.
     room = tl.where(everything | nothing, 0, room - (moment - weight * upper))
     weight = tl.maximum(weight, 1)
-    floor = tl.where(everything, lowest, tl.where(nothing, highest, upper - (room + weight - 1) // weight))
-    ceil = tl.where(everything, lowest, tl.where(nothing, highest, upper - room // weight))
+    whole = room // weight
+    rest = room - whole * weight
+    ceil = upper - whole
+    floor = tl.where(rest > 0, ceil - 1, ceil)
     # From the grid point above, so that any event between two kinks gives the same bits.
-    rest = room - room // weight * weight
-    tau = (upper - room // weight).to(tl.float64) - rest.to(tl.float64) / weight.to(tl.float64)
+    tau = ceil.to(tl.float64) - rest.to(tl.float64) / weight.to(tl.float64)
+    floor = tl.where(everything, lowest, tl.where(nothing, highest, floor))
+    ceil = tl.where(everything, lowest, tl.where(nothing, highest, ceil))
     tau = tau * tl.load(p_step + row) + tl.load(p_center + row)
     infinity = float("inf")
     tau = tl.where(everything, -infinity, tl.where(nothing, infinity, tau))

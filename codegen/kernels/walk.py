@@ -62,7 +62,7 @@ def walk(
             earlier = (code >= 0) & ((code >> 1) < t)
             if COUNT:
                 w = tl.zeros_like(weight)
-                m = tl.where(earlier, 1, 0).to(tl.int64)
+                m = tl.where(earlier, 1, 0)
             else:
                 w = tl.where(earlier, 1 - 2 * (code & 1), 0)
                 m = w.to(tl.int64) * edge
