@@ -30,8 +30,8 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(capability: int, monkeypa
     monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: compiler(kernel, grid))
     monkeypatch.setattr(torch, "empty", torch.zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
-    # No refinement, refinements by 16, and by 4 and 8.
-    for size in (1, 70, 3000, 5000):
+    # Whole rows without a refinement, and rows in blocks with some.
+    for size in (1, 70, 3000, 100_000):
         for segments in (None, torch.zeros(2, size, dtype=torch.long)):
             u = torch.randn(2, size)
             _, lived = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
