@@ -67,13 +67,37 @@ def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.co
 @triton.jit
 def table(
     p_code, p_edge, p_weight, p_moment, events, chunk, n_slices, size,
-    COUNT: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
+    COUNT: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the events of one slice of positions, for the prefix of each chunk and those before it."""
     row, part = tl.program_id(0).to(tl.int64) // n_slices, tl.program_id(0) % n_slices
     prefix = tl.arange(0, PREFIXES)
     stop = (prefix + 1) * chunk
-    # A lane has prefixes, and all lanes take the same event at a time: nothing is to be added up across them.
+    # Each lane adds up its own events for all prefixes; the lanes meet once, at the end.
+    weight = tl.zeros([PREFIXES, BLOCK], tl.int32)
+    moment = tl.zeros([PREFIXES, BLOCK], tl.int32 if COUNT else tl.int64)
+    for first in range(0, size, BLOCK):
+        o_event = part * size + first + tl.arange(0, BLOCK)
+        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
+        earlier = time[None, :] < stop[:, None]
+        if not COUNT:
+            weight += tl.where(earlier, w[None, :], 0)
+        moment += tl.where(earlier, m[None, :], 0)
+    target = (row * PREFIXES + prefix) * n_slices + part
+    if not COUNT:
+        tl.store(p_weight + target, tl.sum(weight, 1))
+    tl.store(p_moment + target, tl.sum(moment, 1))
+
+
+@triton.jit
+def table_of_many(
+    p_code, p_edge, p_weight, p_moment, events, chunk, n_slices, size,
+    COUNT: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """As ``table``, for more prefixes than lanes: those have prefixes, and all of them take an event at a time."""
+    row, part = tl.program_id(0).to(tl.int64) // n_slices, tl.program_id(0) % n_slices
+    prefix = tl.arange(0, PREFIXES)
+    stop = (prefix + 1) * chunk
     weight = tl.zeros([PREFIXES], tl.int32)
     moment = tl.zeros([PREFIXES], tl.int32 if COUNT else tl.int64)
     for first in range(0, size, UNROLL):

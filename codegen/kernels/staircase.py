@@ -10,7 +10,7 @@ pointer to a time and one to a position would follow it in S + N steps, taking k
 sums. To have many walkers, the staircase is found in a coarse lattice of times and positions first, and then in finer
 ones (``lattice``):
 
-1. ``table``: the sums over slices of positions, for 16 to 128 prefixes; ``outline``: the cells of a lattice of so many
+1. ``table``: the sums over slices of positions, for 16 to 64 prefixes; ``outline``: the cells of a lattice of so many
    chunks of times which the staircase passes through;
 2. ``refine``: the same for a lattice 2 to 8 times as fine, from the events and keys of each of these cells alone;
    repeated until there are enough cells, or they are small;
@@ -35,19 +35,19 @@ import triton
 from torch import Tensor
 
 from flexsparse.codegen.kernels.events import Events
-from flexsparse.codegen.kernels.lattice import outline, refine, table
+from flexsparse.codegen.kernels.lattice import outline, refine, table, table_of_many
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.walk import walk
 
 # Chunks of the coarsest lattice, and the comparisons of events with prefixes that its table may take: more chunks save
 # a refinement, but each event is compared with every prefix.
-_PREFIXES, _MOST_PREFIXES, _COMPARED = 16, 128, 1 << 26
+_PREFIXES, _MOST_PREFIXES, _COMPARED = 16, 64, 1 << 24
 # The finest lattice's cells: times and positions at least and at most, how many walkers keep a device busy, and up to
 # which size they are not refined for the sake of more walkers.
 _SMALLEST, _LARGEST, _WALKERS, _SMALL = 16, 128, 1 << 15, 64
 _MOST_BITS = 3
 # About how many programs the table has, and the events that a lane of a refinement takes.
-_PROGRAMS, _EVENTS_A_LANE = 8192, 16
+_PROGRAMS, _EVENTS_A_LANE = 1024, 32
 # Walkers of one program, and their steps before it looks whether all have arrived.
 _LANES, _STEPS = 32, 4
 
@@ -198,10 +198,11 @@ def _outline(
     n_slices = triton.cdiv(size, length)
     weight = torch.empty(rows, prefixes, n_slices, dtype=torch.int32, device=events.code.device)
     moment = torch.empty_like(weight, dtype=torch.int64)
+    many = prefixes > 32
+    shape: dict[str, int] = {"UNROLL": min(8, length), "num_warps": 1} if many else {"BLOCK": min(128, length)}
     launch(
-        table, (rows * n_slices,), (events.code, events.edge, weight, moment),
-        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=prefixes, UNROLL=min(8, length),
-        num_warps=1,
+        table_of_many if many else table, (rows * n_slices,), (events.code, events.edge, weight, moment),
+        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=prefixes, **shape,
     )  # fmt: skip
     launch(
         outline, (rows * coarse.n_chunks,), (events.edge, *shared, weight, moment, *coarse.cells),

@@ -14,7 +14,18 @@ from tests.cross_compiling import ATOMIC, CrossCompiler
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 EXPECTED = {
-    *("_extents", "_quantize", "_running_counts", "_merge", "_rank", "table", "outline", "refine", "walk"),
+    *(
+        "_extents",
+        "_quantize",
+        "_running_counts",
+        "_merge",
+        "_rank",
+        "table",
+        "table_of_many",
+        "outline",
+        "refine",
+        "walk",
+    ),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),

@@ -144,7 +144,7 @@ def test_lattices_are_whole_small_enough_and_end_with_enough_cells() -> None:
             for scale in (1, 2):
                 shape = lattices_for(rows, times, scale * times)
                 assert shape.chunk * shape.prefixes >= times
-                assert shape.prefixes == 16 or rows * scale * times * shape.prefixes <= 1 << 26
+                assert shape.prefixes == 16 or rows * scale * times * shape.prefixes <= 1 << 24
                 assert shape.bucket % shape.slice == 0
                 chunk = shape.chunk
                 for factor in shape.factors:
@@ -153,6 +153,6 @@ def test_lattices_are_whole_small_enough_and_end_with_enough_cells() -> None:
                     chunk //= factor
                 assert 16 <= chunk <= 128
     assert lattices_for(16, 4096, 8192).factors == ()
-    assert lattices_for(16, 65536, 131072).factors == (4, 8)
+    assert lattices_for(16, 65536, 131072).factors == (8, 8)
     assert lattices_for(512, 16384, 32768).factors == (8,)
     assert lattices_for(8, 1 << 20, 1 << 21).factors == (8, 8, 8)
