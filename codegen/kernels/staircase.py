@@ -17,7 +17,7 @@ ones (``lattice``):
 3. ``walk``: one walker a cell.
 
 A refinement reads the events and keys of its path's cells alone, of which there are (S + N) / C at most with C events
-and C keys each: S + N of either. There are O(log S) refinements: none for 16 rows of 4,096, two for 16 of 65,536, three
+and C keys each: S + N of either. There are O(log S) refinements: one for 16 rows of 4,096, two for 16 of 65,536, three
 for 8 of a million. So the work is O(S log S) at most for any input, and memory is O(S). All sums are of int64, hence
 exact, every number is written once, and no atomics are used. Packed segments need nothing more than an order in which
 later segments stand first: a prefix that ends in a segment has no event of a later one, and its limit is the end of its
@@ -42,9 +42,8 @@ from flexsparse.codegen.kernels.walk import walk
 # Chunks of the coarsest lattice, and the comparisons of events with prefixes that its table may take: more chunks save
 # a refinement, but each event is compared with every prefix.
 _PREFIXES, _MOST_PREFIXES, _COMPARED = 16, 64, 1 << 24
-# The finest lattice's cells: times and positions at least and at most, how many walkers keep a device busy, and up to
-# which size they are not refined for the sake of more walkers.
-_SMALLEST, _LARGEST, _WALKERS, _SMALL = 16, 128, 1 << 15, 64
+# Times and positions of the finest lattice's cells, at least and at most, and how many walkers keep a device busy.
+_SMALLEST, _LARGEST, _WALKERS = 16, 128, 1 << 15
 _MOST_BITS = 3
 # About how many programs the table has, and the events that a lane of a refinement takes.
 _PROGRAMS, _EVENTS_A_LANE = 1024, 32
@@ -122,7 +121,7 @@ def lattices_for(rows: int, times: int, size: int) -> Lattices:
     wanted = _LARGEST
     while wanted > _SMALLEST and rows * (times + size) < wanted * _WALKERS:
         wanted //= 2
-    bits = max(0, (chunk // max(wanted, min(chunk, _SMALL))).bit_length() - 1)
+    bits = max(0, (chunk // wanted).bit_length() - 1)
     levels = triton.cdiv(bits, _MOST_BITS)
     # The finer refinements have the more cells; they get the larger share.
     factors = tuple(1 << ((bits + level) // levels) for level in range(levels))

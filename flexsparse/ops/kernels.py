@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -11,7 +12,8 @@ from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
 from flexsparse.codegen.kernels import long_rows, rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
-from flexsparse.codegen.kernels.events import merged_events, ranked
+from flexsparse.codegen.kernels.events import Ranked, merged_events, ranked
+from flexsparse.codegen.kernels.grid import Quantized
 from flexsparse.errors import ShapeError
 from flexsparse.ops.causal import CausalSelection, Thresholds, bounds_of
 from flexsparse.ops.projection import Projected, result_dtype
@@ -69,16 +71,42 @@ def _select_group(
     bounds = _bounds(segments)
     grid = grids.quantize(u)
     keys = ranked(_order(grid.score, bounds), grid.value)
-    if thresholds is not None:
-        events = merged_events(keys, grid.value, grid.alive, grid.unit, bounds)
-        found = staircase.crossings(events, size, budget, counts=grid.counts, unit=grid.unit, segments=bounds)
-        threshold_kernels.thresholds(found, events, grid, budget, after, bounds, thresholds)
-        del events, found
-    if lifetimes is not None:
-        found = staircase.crossings(keys.counted, size, budget - 1, segments=bounds)
-        lifetime_kernels.lifetimes(
-            found.reach, keys.counted.place, grid.alive, grid.counts, budget, after, bounds, lifetimes
-        )
+    if thresholds is None or lifetimes is None or not u.is_cuda:
+        if thresholds is not None:
+            _find_thresholds(keys, grid, budget, after, bounds, thresholds)
+        if lifetimes is not None:
+            _find_lifetimes(keys, grid, budget, after, bounds, lifetimes)
+        return
+    # Side by side: short steps of one alone leave a GPU idle. What the other stream reads is kept until it has joined.
+    here = torch.cuda.current_stream(u.device)
+    beside = _beside(u.device, here.cuda_stream)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        _find_lifetimes(keys, grid, budget, after, bounds, lifetimes)
+    _find_thresholds(keys, grid, budget, after, bounds, thresholds)
+    here.wait_stream(beside)
+
+
+@functools.lru_cache(maxsize=64)
+def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """A stream for what may run beside the work of ``stream``, each of which has one of its own."""
+    return torch.cuda.Stream(device)
+
+
+def _find_thresholds(
+    keys: Ranked, grid: Quantized, budget: int, after: int, bounds: tuple[Tensor, Tensor] | None, out: Thresholds
+) -> None:
+    events = merged_events(keys, grid.value, grid.alive, grid.unit, bounds)
+    size = grid.value.shape[1]
+    found = staircase.crossings(events, size, budget, counts=grid.counts, unit=grid.unit, segments=bounds)
+    threshold_kernels.thresholds(found, events, grid, budget, after, bounds, out)
+
+
+def _find_lifetimes(
+    keys: Ranked, grid: Quantized, budget: int, after: int, bounds: tuple[Tensor, Tensor] | None, out: CausalSelection
+) -> None:
+    found = staircase.crossings(keys.counted, grid.value.shape[1], budget - 1, segments=bounds)
+    lifetime_kernels.lifetimes(found.reach, keys.counted.place, grid.alive, grid.counts, budget, after, bounds, out)
 
 
 def threshold_gradient(

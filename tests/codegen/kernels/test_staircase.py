@@ -152,7 +152,7 @@ def test_lattices_are_whole_small_enough_and_end_with_enough_cells() -> None:
                     assert chunk % factor == 0
                     chunk //= factor
                 assert 16 <= chunk <= 128
-    assert lattices_for(16, 4096, 8192).factors == ()
+    assert lattices_for(16, 4096, 8192).factors == (4,)
     assert lattices_for(16, 65536, 131072).factors == (8, 8)
     assert lattices_for(512, 16384, 32768).factors == (8,)
     assert lattices_for(8, 1 << 20, 1 << 21).factors == (8, 8, 8)
