@@ -141,7 +141,10 @@ def _possible(near: Node, after: int) -> list[Node]:
 
 
 class _Printer:
-    """The lines that a part adds to a kernel, in forward and in backward."""
+    """The lines that a part adds to a kernel, in forward and in backward.
+
+    They use ``u_n`` by key, and ``tau_n`` and ``least_n`` by query, which the kernel loads where it knows them.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -156,12 +159,10 @@ class _Printer:
             n, through = gate.number, gate.through
             if through and not slopes:
                 continue
-            head = f"(b * heads_{n} + h // group_{n}) * length"
-            shift = "" if through == "ste_identity" else f" - tl.load(p_tau_{n} + {head} + q)"
-            lines.append(f"x = tl.load(p_u_{n} + {head} + kv){shift}")
+            lines.append(f"x = u_{n}" + ("" if through == "ste_identity" else f" - tau_{n}"))
             kind = "capped_softmax" if gate.capped else through
             if kind in ("", "ste", "capped_softmax"):
-                lines.append(f"least = tl.load(p_least_{n} + {head} + q)")
+                lines.append(f"least = least_{n}")
             if not through:
                 lines.append(f"m_{n} = {_GATES[kind]}")
             if slopes:

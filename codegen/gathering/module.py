@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, known, slot_gradient, taken_over
-from flexsparse.codegen.gathering.tiles import Lines
+from flexsparse.codegen.gathering.tiles import Lines, key_loads, row_loads
 
 _HELPERS = '''
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -118,11 +118,15 @@ def _selected_loops(n: str, body: Lines) -> Lines:
     inner = [f"    {line}" for line in body]
     return [
         f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
+        "slot = tl.arange(0, BLOCK_N)",
+        f"slots = p_slots_{n} + ({head} * n_chunks + chunk) * k_{n}",
+        f"following = tl.load(slots + slot, mask=slot < k_{n}, other=-1)",
         f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
-        "    slot = first + tl.arange(0, BLOCK_N)",
-        f"    column = tl.load(p_slots_{n} + ({head} * n_chunks + chunk) * k_{n} + slot, mask=slot < k_{n}, other=-1)",
-        "    m_key = column >= 0",
-        "    column = tl.maximum(column, 0)",
+        "    # The keys of the next tile are known before this one's are used.",
+        "    m_key = following >= 0",
+        "    column = tl.maximum(following, 0)",
+        "    slot += BLOCK_N",
+        f"    following = tl.load(slots + slot, mask=slot < k_{n}, other=-1)",
         "    kv = column[None, :]",
         f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
         "    seen = q < gone",
@@ -217,8 +221,10 @@ def module_text(
         signature = textwrap.fill(listed, 110, initial_indent="    ", subsequent_indent="    ")
         return f'@triton.jit\ndef {name}(\n{signature},\n):\n    """{about}"""\n{indented(body.splitlines())}\n'
 
+    by_row = "\n".join(row_loads(shifted)) + "\n"
     forward = (
         _ROWS
+        + by_row
         + 'top = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
         + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
         + "\n".join(_row_loops(blocks, "forward"))
@@ -236,6 +242,7 @@ tl.store(p_lse + at, lse, mask=m_row)
     )
     query = (
         _ROWS
+        + by_row
         + """
 d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)
 level = tl.load(p_level + at)
@@ -267,7 +274,7 @@ d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 """
         + "".join(f"d_u_{n} = tl.zeros([BLOCK_N], tl.float32)\n" for n in all_gated)
         + "for member in range(group):\n    h = kv_head * group + member\n"
-        + indented(_key_loops(blocks))
+        + indented(key_loads(all_gated) + _key_loops(blocks))
         + "\nd_key = d_key * scale\npair = (b * (heads // group) + kv_head) * length\n"
         + "".join(taken_over(n, gated[n]) for n in every)
         + "put_rows(p_d_key + pair * HEAD_DIM, column, HEAD_DIM, feature, d_key, m_column, HEAD_DIM)\n"

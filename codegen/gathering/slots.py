@@ -101,6 +101,10 @@ stop = tl.minimum(begin + span, n_chunks)
         "VALUE_DIM, BLOCK_V)\n"
         + f"    gone = tl.load(p_death_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * length + kv)\n"
         + "    gone = tl.where((holder >= 0)[:, None], gone, 0)\n"
+        + "".join(
+            f"    u_{m} = tl.load(p_u_{m} + (b * heads_{m} + kv_head * heads_{m} // kv_heads) * length + kv)\n"
+            for m in gated
+        )
         + "    steps = tl.where(tl.max(holder, 0) >= 0, (until - chunk) * group * (BLOCK_M // BLOCK_Q), 0)\n"
         + "    for step in range(0, steps):\n"
         + "        h = kv_head * group + step % group\n"

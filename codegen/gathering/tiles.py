@@ -6,9 +6,28 @@ Tiles are [BLOCK_M, BLOCK_N], queries by keys, and [BLOCK_N, BLOCK_Q] where grad
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 Lines = list[str]
+
+
+def row_loads(shifted: Iterable[int]) -> Lines:
+    """Thresholds of the queries ``q``, and the least gates."""
+    lines = []
+    for n in shifted:
+        at = f"(b * heads_{n} + h // group_{n}) * length + q"
+        lines += [f"tau_{n} = tl.load(p_tau_{n} + {at})", f"least_{n} = tl.load(p_least_{n} + {at})"]
+    return lines
+
+
+def key_loads(gated: Iterable[int]) -> Lines:
+    """Scores of the keys ``kv``."""
+    return [f"u_{n} = tl.load(p_u_{n} + (b * heads_{n} + h // group_{n}) * length + kv)" for n in gated]
+
+
+def _gated(part: Any) -> list[int]:
+    return sorted({gate.number for gate in part.gates})
 
 
 def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool) -> Lines:
@@ -38,12 +57,13 @@ def attend(printer: Any, part: Any, kind: str) -> Lines:
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
+        *key_loads(_gated(part.forward())),
         *_scores(printer, part, kind, "query, tl.trans(key)", False),
         "higher = tl.maximum(top, tl.max(score, 1))",
         "# Rows that have seen no key yet stay at -inf.",
         'level = tl.where(higher == float("-inf"), 0.0, higher)',
-        "p = tl.exp2((score - level[:, None]) * LOG2E)",
-        "shrink = tl.exp2((top - level) * LOG2E)",
+        "p = tl.exp2(score * LOG2E - (level * LOG2E)[:, None])",
+        "shrink = tl.exp2(top * LOG2E - level * LOG2E)",
         "total = total * shrink + tl.sum(p, 1)",
         *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
         "out = tl.dot(p.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)",
@@ -67,8 +87,9 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
+        *key_loads(_gated(part)),
         *_scores(printer, part, kind, "query, tl.trans(key)", True),
-        "p = tl.exp2((score - level[:, None]) * LOG2E) * share[:, None]",
+        "p = tl.exp2(score * LOG2E - (level * LOG2E)[:, None]) * share[:, None]",
         "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
         "d_gate_v = p * d_p",
         *_flows(printer, part, kind, gate, "delta[:, None]"),
@@ -86,6 +107,7 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
         "row = tl.minimum(row, length - 1)",
         "q = row[None, :]",
         "at = (b * heads + h) * length + row",
+        *row_loads(sorted({g.number for g in part.gates if g.through != "ste_identity"})),
         "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)",
         "d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)",
         "level = tl.load(p_level + at)",
@@ -93,7 +115,7 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
         "delta = tl.load(p_delta + at)",
         *_SEEN_BY_KEYS[kind],
         *_scores(printer, part, kind, "key, tl.trans(query)", True),
-        "p = tl.exp2((score - level[None, :]) * LOG2E) * share[None, :]",
+        "p = tl.exp2(score * LOG2E - (level * LOG2E)[None, :]) * share[None, :]",
         "d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)",
         "d_gate_v = p * d_p",
         *_flows(printer, part, kind, gate, "delta[None, :]"),
