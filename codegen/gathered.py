@@ -143,12 +143,22 @@ def _possible(near: Node, after: int) -> list[Node]:
 class _Printer:
     """The lines that a part adds to a kernel, in forward and in backward.
 
-    They use ``u_n`` by key, and ``tau_n`` and ``least_n`` by query, which the kernel loads where it knows them.
+    They use ``u_n`` by key, and ``tau_n``, ``known_tau_n`` (0 for NaN) and ``least_n`` by query, which the kernel loads
+    where it knows them.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.text = TritonText()
+
+    def sure(self, part: _Part) -> int | None:
+        """The selection whose gate every key of the part has, if that is its only gate, and it is not straight-through.
+
+        Its keys have scores, so only the query's threshold can be NaN: the product of query and key takes that in.
+        """
+        now = part.forward()
+        free = not any(isinstance(n, Selected) for e in now.expressions for n in walk(e))
+        return now.gates[0].number if free and len(now.gates) == 1 else None
 
     def loads(self, part: _Part, slopes: bool) -> list[str]:
         lines = []
@@ -159,7 +169,8 @@ class _Printer:
             n, through = gate.number, gate.through
             if through and not slopes:
                 continue
-            lines.append(f"x = u_{n}" + ("" if through == "ste_identity" else f" - tau_{n}"))
+            threshold = f"known_tau_{n}" if not slopes and self.sure(part) == n else f"tau_{n}"
+            lines.append(f"x = u_{n}" + ("" if through == "ste_identity" else f" - {threshold}"))
             kind = "capped_softmax" if gate.capped else through
             if kind in ("", "ste", "capped_softmax"):
                 lines.append(f"least = least_{n}")

@@ -128,7 +128,7 @@ def _selected_loops(n: str, body: Lines) -> Lines:
         "    slot += BLOCK_N",
         f"    following = tl.load(slots + slot, mask=slot < k_{n}, other=-1)",
         "    kv = column[None, :]",
-        f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
+        f"    gone = tl.where(m_key, tl.load(p_death_{n} + {head} * length + column), 0)[None, :]",
         "    seen = q < gone",
         *inner,
         f"# Selection {n}: the keys that enter inside the chunk.",
@@ -137,7 +137,7 @@ def _selected_loops(n: str, body: Lines) -> Lines:
         "    m_key = (column >= 0) & (column < length)",
         "    column = tl.minimum(tl.maximum(column, 0), length - 1)",
         "    kv = column[None, :]",
-        f"    gone = tl.where(m_key[None, :], tl.load(p_death_{n} + {head} * length + kv), 0)",
+        f"    gone = tl.where(m_key, tl.load(p_death_{n} + {head} * length + column), 0)[None, :]",
         f"    seen = (kv + after_{n} <= q) & (q < gone)",
         *inner,
     ]
@@ -166,8 +166,8 @@ def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
                 f"# Selection {n}: the chunks inside which these keys enter it.",
                 f"begin = tl.maximum(first + after_{n}, 0) // BLOCK_M",
                 f"end = tl.minimum((first + BLOCK_N - 1 + after_{n}) // BLOCK_M + 1, n_chunks)",
-                f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + kv)",
-                "gone = tl.where(m_column[:, None], gone, 0)",
+                f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + column)",
+                "gone = tl.where(m_column, gone, 0)[:, None]",
                 "for step in range(begin * (BLOCK_M // BLOCK_Q), end * (BLOCK_M // BLOCK_Q)):",
                 "    first_row = step * BLOCK_Q",
                 "    start = step // (BLOCK_M // BLOCK_Q) * BLOCK_M",
@@ -221,10 +221,17 @@ def module_text(
         signature = textwrap.fill(listed, 110, initial_indent="    ", subsequent_indent="    ")
         return f'@triton.jit\ndef {name}(\n{signature},\n):\n    """{about}"""\n{indented(body.splitlines())}\n'
 
-    by_row = "\n".join(row_loads(shifted)) + "\n"
+    by_row = "\n".join(row_loads(shifted, "[:, None]")) + "\n"
+    known_thresholds = "".join(
+        f"known_tau_{n} = tl.where(tau_{n} == tau_{n}, tau_{n}, 0.0)\n"
+        f"scale_{n} = tl.where(tau_{n} == tau_{n}, scale, float('nan'))\n"
+        f"least_{n} = tl.where(tau_{n} == tau_{n}, least_{n}, 0.0)\n"
+        for n in shifted
+    )
     forward = (
         _ROWS
         + by_row
+        + known_thresholds
         + 'top = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
         + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
         + "\n".join(_row_loops(blocks, "forward"))
@@ -274,7 +281,7 @@ d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 """
         + "".join(f"d_u_{n} = tl.zeros([BLOCK_N], tl.float32)\n" for n in all_gated)
         + "for member in range(group):\n    h = kv_head * group + member\n"
-        + indented(key_loads(all_gated) + _key_loops(blocks))
+        + indented(key_loads(all_gated, "[:, None]") + _key_loops(blocks))
         + "\nd_key = d_key * scale\npair = (b * (heads // group) + kv_head) * length\n"
         + "".join(taken_over(n, gated[n]) for n in every)
         + "put_rows(p_d_key + pair * HEAD_DIM, column, HEAD_DIM, feature, d_key, m_column, HEAD_DIM)\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from flexsparse.codegen.gathering.tiles import Lines
+from flexsparse.codegen.gathering.tiles import Lines, key_loads
 
 INDICES = """
 q_len = length
@@ -99,12 +99,11 @@ stop = tl.minimum(begin + span, n_chunks)
         "BLOCK_D)\n"
         + "    value = rows_of(p_value + b * stride_vb + kv_head * stride_vh, column, stride_vs, value_feature, "
         "VALUE_DIM, BLOCK_V)\n"
-        + f"    gone = tl.load(p_death_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * length + kv)\n"
-        + "    gone = tl.where((holder >= 0)[:, None], gone, 0)\n"
-        + "".join(
-            f"    u_{m} = tl.load(p_u_{m} + (b * heads_{m} + kv_head * heads_{m} // kv_heads) * length + kv)\n"
-            for m in gated
-        )
+        + f"    gone = tl.load(p_death_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * length + column)\n"
+        + "    gone = tl.where(holder >= 0, gone, 0)[:, None]\n"
+        + "    h = kv_head * group\n"
+        + indented(key_loads(gated, "[:, None]"), 4)
+        + "\n"
         + "    steps = tl.where(tl.max(holder, 0) >= 0, (until - chunk) * group * (BLOCK_M // BLOCK_Q), 0)\n"
         + "    for step in range(0, steps):\n"
         + "        h = kv_head * group + step % group\n"

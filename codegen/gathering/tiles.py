@@ -12,26 +12,30 @@ from typing import Any
 Lines = list[str]
 
 
-def row_loads(shifted: Iterable[int]) -> Lines:
-    """Thresholds of the queries ``q``, and the least gates."""
+def row_loads(shifted: Iterable[int], axis: str) -> Lines:
+    """Thresholds of the queries in ``row`` and the least gates, along the other axis than ``axis``."""
     lines = []
     for n in shifted:
-        at = f"(b * heads_{n} + h // group_{n}) * length + q"
-        lines += [f"tau_{n} = tl.load(p_tau_{n} + {at})", f"least_{n} = tl.load(p_least_{n} + {at})"]
+        at = f"(b * heads_{n} + h // group_{n}) * length + row"
+        lines += [f"tau_{n} = tl.load(p_tau_{n} + {at}){axis}", f"least_{n} = tl.load(p_least_{n} + {at}){axis}"]
     return lines
 
 
-def key_loads(gated: Iterable[int]) -> Lines:
-    """Scores of the keys ``kv``."""
-    return [f"u_{n} = tl.load(p_u_{n} + (b * heads_{n} + h // group_{n}) * length + kv)" for n in gated]
+def key_loads(gated: Iterable[int], axis: str) -> Lines:
+    """Scores of the keys in ``column``; those that have none are not selected."""
+    lines = []
+    for n in gated:
+        lines.append(f"u_{n} = tl.load(p_u_{n} + (b * heads_{n} + h // group_{n}) * length + column)")
+        lines.append(f"u_{n} = tl.where(u_{n} == u_{n}, u_{n}, 0.0){axis}")
+    return lines
 
 
 def _gated(part: Any) -> list[int]:
     return sorted({gate.number for gate in part.gates})
 
 
-def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool) -> Lines:
-    lines = [f"raw = tl.dot({product}, input_precision=PRECISION) * scale", *printer.loads(part, slopes)]
+def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool, scale: str = "scale") -> Lines:
+    lines = [f"raw = tl.dot({product}, input_precision=PRECISION) * {scale}", *printer.loads(part, slopes)]
     lines += printer.score(part)
     conditions = [] if kind == "full" else ["seen"]
     text = printer.seen(part)
@@ -53,19 +57,20 @@ def _shown(printer: Any, part: Any, kind: str, text: str) -> str:
 
 def attend(printer: Any, part: Any, kind: str) -> Lines:
     """One tile of keys joins the softmax of the rows; wants ``column``, ``kv``, and ``seen`` of all but full tiles."""
-    gate = printer.value_gate(part)
+    gate, sure = printer.value_gate(part), printer.sure(part)
+    product = f"p * ({gate})"
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
-        *key_loads(_gated(part.forward())),
-        *_scores(printer, part, kind, "query, tl.trans(key)", False),
+        *key_loads(_gated(part.forward()), "[None, :]"),
+        *_scores(printer, part, kind, "query, tl.trans(key)", False, "scale" if sure is None else f"scale_{sure}"),
         "higher = tl.maximum(top, tl.max(score, 1))",
         "# Rows that have seen no key yet stay at -inf.",
         'level = tl.where(higher == float("-inf"), 0.0, higher)',
         "p = tl.exp2(score * LOG2E - (level * LOG2E)[:, None])",
         "shrink = tl.exp2(top * LOG2E - level * LOG2E)",
         "total = total * shrink + tl.sum(p, 1)",
-        *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
+        *([f"p = {product if sure is not None else _shown(printer, part, kind, product)}"] if gate else []),
         "out = tl.dot(p.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)",
         "top = higher",
     ]
@@ -87,7 +92,7 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
-        *key_loads(_gated(part)),
+        *key_loads(_gated(part), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", True),
         "p = tl.exp2(score * LOG2E - (level * LOG2E)[:, None]) * share[:, None]",
         "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
@@ -107,7 +112,7 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
         "row = tl.minimum(row, length - 1)",
         "q = row[None, :]",
         "at = (b * heads + h) * length + row",
-        *row_loads(sorted({g.number for g in part.gates if g.through != "ste_identity"})),
+        *row_loads(sorted({g.number for g in part.gates if g.through != "ste_identity"}), "[None, :]"),
         "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)",
         "d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)",
         "level = tl.load(p_level + at)",
