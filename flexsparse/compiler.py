@@ -51,7 +51,7 @@ def compile(
     """Compile an attention pattern, given as an expression or as text. Touches no device and no shape.
 
     ``backend``: "auto" takes our kernels on CUDA where keys are selected ("gather": linear in length, gradients in a
-    fixed order), where those cannot run FlexAttention over copies of selected keys ("gather_flex": linear as well), else
+    fixed order), where those cannot run FlexAttention over copies of selected keys ("gather_flex": linear too), else
     compiled FlexAttention ("flex"), and the chunked path on CPU ("chunked"); or "flex_eager" and "gather_flex_eager"
     (uncompiled and dense, for debugging) or "reference". Nothing else is ever used in place of it, unless
     ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a warning.
@@ -289,9 +289,7 @@ class CompiledAttention:
         if stage == "source":
             return self.source
         if stage == "rows":
-            return (
-                self._compiled.rows.source if self.ir.selections else "# no rows behind the keys: nothing is selected"
-            )
+            return self._compiled.rows.source if self.ir.selections else "# no copies of keys: nothing is selected"
         if stage == "kernels":
             if not can_gather(self.ir):
                 return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"

@@ -86,7 +86,8 @@ def with_rows(near: Tiles, rows: Rows) -> Tiles:
     partial, full = (_cells_of(tiles, columns) for tiles in (near.partial, near.full))
     partial = torch.cat((partial, (first + more).flatten())).unique()
     partial = partial[~torch.isin(partial, full)]
-    undecided = near.undecided + len(more) * near.sizes.batch * near.sizes.heads
+    # Whether what is added has all pairs of a tile, or none, is for the scores to say.
+    undecided = near.undecided + len(partial) - int(near.partial.count.sum())
     return Tiles(
         _listed(partial, lead, columns),
         _listed(full, lead, columns),

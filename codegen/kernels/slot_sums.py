@@ -20,14 +20,15 @@ def _slot_sums(
     row = tl.program_id(1).to(tl.int64)
     feature = tl.program_id(2) * FEATURES + tl.arange(0, FEATURES)
     m_slot, m_feature = slot < width, feature < size
-    holders = p_holder + row // group * n_chunks * width + slot
+    holders = p_holder + row // group * n_chunks * width
     running = tl.zeros([BLOCK, FEATURES], tl.float32)
-    holder = tl.load(holders, mask=m_slot, other=-1)
+    holder = tl.load(holders + slot, mask=m_slot, other=-1)
     for chunk in range(n_chunks):
         at = ((row * n_rows + first + chunk * width) + slot)[:, None] * size + feature[None, :]
         m_row = (holder >= 0)[:, None] & m_feature[None, :]
         running += tl.load(p_rows + at, mask=m_row, other=0.0).to(tl.float32)
-        then = tl.load(holders + (chunk + 1) * width, mask=m_slot & (chunk + 1 < n_chunks), other=-1)
+        later = (chunk + 1) * width + slot
+        then = tl.load(holders + later, mask=m_slot & (later < n_chunks * width), other=-1)
         stays = (holder == then)[:, None]
         to = p_total + (row * length + tl.maximum(holder, 0))[:, None] * size + feature[None, :]
         # A key has one slot, and leaves it once: nobody else writes here.
