@@ -3,7 +3,7 @@
     python benchmarks/hybrid.py --out benchmarks/results/hybrid_h200.json
 
 ``sliding_window(512) | sparsek(512, after=512)``, bf16, B = 1, head_dim 128, from scores to output: operator,
-selection, slot table and attention, by ``--backend``. Beside it, on the same operands: dense causal attention by cuDNN and by
+selection, slot table and attention. Beside it, on the same operands: dense causal attention by cuDNN and by
 FlashAttention through ``scaled_dot_product_attention``, and by FlexAttention with its own block mask. Times are medians
 of whole calls in milliseconds; ``replay_ms`` is the forward pass under a CUDA graph, without the work of the host.
 ``peak_bytes`` is what a training step takes beyond operands, output and gradients; ``kernels_ms`` its longest
