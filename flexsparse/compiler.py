@@ -24,7 +24,7 @@ from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
-from flexsparse.plan import OVER_ROWS, Plan
+from flexsparse.plan import BY_FLEX, OVER_ROWS, Plan
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
 from flexsparse.runtime.completion import completed, is_carried
@@ -116,7 +116,7 @@ class CompiledAttention:
     @property
     def builds(self) -> int:
         """How many FlexAttention kernels this pattern was compiled to so far, under these settings."""
-        variants = itertools.product((False, True), repeat=3)
+        variants = itertools.product((False, True), BY_FLEX)
         return sum(_launchers(self._expression.node, self._settings, *v).builds for v in variants)
 
     def __repr__(self) -> str:
@@ -331,9 +331,8 @@ class CompiledAttention:
         if bound.plan.backend == "gather":
             return self._gather(bound, work, operands, tensors)
         recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
-        rows, built = bound.plan.backend in OVER_ROWS, not bound.plan.backend.endswith("eager")
-        launchers = _launchers(self._expression.node, self._settings, offset, rows, built)
-        if rows:
+        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend)
+        if bound.plan.backend in OVER_ROWS:
             return self._over_rows(bound, work, launchers, operands, tensors, recomputed, return_lse)
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
 
@@ -387,10 +386,10 @@ class CompiledAttention:
 
 
 @functools.lru_cache(maxsize=256)
-def _launchers(pattern: Any, settings: Settings, offset: bool, rows: bool, compiled: bool) -> Launchers:
+def _launchers(pattern: Any, settings: Settings, offset: bool, backend: str) -> Launchers:
     # The pattern and the form are part of the key: each kind of function gets launchers of its own.
-    digest = hashlib.sha256(repr((pattern, settings, offset, rows, compiled)).encode()).hexdigest()[:16]
-    return Launchers(digest, settings, compiled)
+    digest = hashlib.sha256(repr((pattern, settings, offset, backend)).encode()).hexdigest()[:16]
+    return Launchers(digest, settings, backend)
 
 
 def _watched(lengths: Sequence[int], what: str, progress: bool) -> Iterator[int]:

@@ -267,6 +267,8 @@ def _notes(
             notes.append("All gradients are summed in a fixed order, without atomics: bit-identical between runs.")
     if chosen in OVER_ROWS:
         notes += _row_notes(program, shapes, settings)
+    if chosen == "flex" and settings.backend == "auto" and program.selections and not _unfit_for_rows(program, shapes):
+        notes.append("Slots and chunks would take half of so short a sequence: copies of selected keys spare nothing.")
     if gated and chosen in BY_FLEX:
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
     if program.has_sink and chosen in BY_FLEX:

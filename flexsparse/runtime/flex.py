@@ -25,9 +25,9 @@ from flexsparse.settings import Settings
 class Launchers:
     """The compiled launchers of one pattern, each with its own builds: for its scores, and for a gate on V."""
 
-    def __init__(self, name: str, settings: Settings, compiled: bool) -> None:
-        self.plain = Launcher(f"attend_{name}", settings, compiled)
-        self.lost = Launcher(f"attend_lost_{name}", settings, compiled)
+    def __init__(self, name: str, settings: Settings, backend: str) -> None:
+        self.plain = Launcher(f"attend_{name}", settings, backend)
+        self.lost = Launcher(f"attend_lost_{name}", settings, backend)
 
     @property
     def builds(self) -> int:

@@ -10,6 +10,7 @@ import torch
 import flexsparse as fs
 from flexsparse import _torch
 from flexsparse.codegen.gathering.rows import program_of_rows
+from flexsparse.compiler import _launchers
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.program import program_text
 
@@ -23,7 +24,9 @@ def test_auto_takes_copies_where_our_kernels_cannot_run_and_they_spare_work() ->
     assert fs.compile(HYBRID).bind(**wide).plan.backend == "gather_flex"
     assert fs.compile(f"{HYBRID} | moba(64, 2)").bind(**ON_GPU).plan.backend == "gather_flex"
     # 512 slots and chunks of 256 are no less than half of so short a sequence.
-    assert fs.compile(HYBRID).bind(**{**wide, "q_len": 1536}).plan.backend == "flex"
+    short = fs.compile(HYBRID).bind(**{**wide, "q_len": 1536}).plan
+    assert short.backend == "flex"
+    assert any("copies of selected keys spare nothing" in note for note in short.notes)
     assert fs.compile(HYBRID).bind(**{**wide, "q_len": 1537}).plan.backend == "gather_flex"
     assert fs.compile("causal").bind(**ON_GPU).plan.backend == "flex"
 
@@ -116,3 +119,18 @@ def test_functions_of_rows_can_be_read() -> None:
     assert "def mask_mod(b, h, q, row):" in attention.code("rows")
     assert "kv = key_of_row[b, h // row_group, row]" in attention.code("rows")
     assert fs.compile("causal").code("rows") == "# no copies of keys: nothing is selected"
+
+
+def test_what_cannot_be_built_names_the_backend() -> None:
+    query = torch.randn(1, 1, 40, 16)
+    attention: Any = fs.compile("sparsek(3, gate='k')", backend="gather_flex_eager", recompile_budget=3)
+    launchers = _launchers(fs.parse("sparsek(3, gate='k')").node, attention._settings, False, "gather_flex_eager")
+    launchers.plain.run = _refusing
+    with pytest.raises(BackendError) as caught:
+        attention(query, query, query, scores=torch.randn(1, 1, 40))
+    assert str(caught.value).startswith("backend='gather_flex_eager': got RuntimeError: no such kernel, expected")
+    assert "attn.code('rows') shows the generated functions" in str(caught.value)
+
+
+def _refusing(*_: Any) -> Any:
+    raise RuntimeError("no such kernel")
