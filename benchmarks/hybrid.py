@@ -63,10 +63,10 @@ def kernels(step: Callable[[], None], most: int = 8) -> dict[str, float]:
     return {event.key[:60]: event.self_device_time_total / 1e3 for event in found}
 
 
-def ours(heads: int, kv_heads: int, length: int) -> dict[str, Any]:
+def ours(heads: int, kv_heads: int, length: int, backend: str) -> dict[str, Any]:
     query, key, value = operands(heads, kv_heads, length)
     scores = torch.randn(1, kv_heads, length, device="cuda", requires_grad=True)
-    attention = fs.compile(PATTERN)
+    attention = fs.compile(PATTERN, backend=backend)
     leaves = [query, key, value, scores]
 
     def forward() -> torch.Tensor:
@@ -118,6 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--backend", default="auto", help="ours: auto, gather, gather_flex or flex")
     parser.add_argument("--alone", action="store_true", help="without the peers")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -127,7 +128,7 @@ def main() -> int:
     # Kept after every case: a run that is cut short has what it measured.
     for heads, kv_heads, length in CASES:
         case = {"heads": heads, "kv_heads": kv_heads, "length": length}
-        found = [ours(heads, kv_heads, length)]
+        found = [ours(heads, kv_heads, length, arguments.backend)]
         if length <= DENSE_UP_TO and not arguments.alone:
             found += peers(heads, kv_heads, length)
         for row in found:

@@ -16,7 +16,7 @@ from flexsparse.ir.nodes import (
     mentions,
     walk,
 )
-from flexsparse.ir.program import Chosen, Gate, Selected
+from flexsparse.ir.program import Chosen, Gate, Held, Own, Selected
 
 _TENSOR_CALLS = {"abs": "torch.abs", **{f: f"torch.{f}" for f in ("exp", "exp2", "log", "log2", "sqrt", "tanh", "cos")}}
 _TENSOR_CALLS |= {"sigmoid": "torch.sigmoid"}
@@ -31,6 +31,9 @@ _GATE_OF = {"": _CLIPPED, "ste": _CLIPPED, "ste_identity": "x", "ste_sigmoid": "
 # The inner where keeps exp, and so its gradient, from overflowing.
 _SOFTMAX = "torch.exp(torch.where(x >= 0.0, 0.0, x))"
 _GATE_OF["capped_softmax"] = f"torch.where(x <= torch.log(least), least, {_SOFTMAX})"
+
+# The place of a row in what is gathered with it.
+ROW = "b, h // row_group, row"
 
 
 def opaque_name(number: int) -> str:
@@ -47,8 +50,11 @@ class Emitter:
         hoisted: dict[Node, str] | None,
         opaque: tuple[Opaque, ...] = (),
         offset: bool = False,
+        rows: bool = False,
     ) -> None:
         self.real_dtype = real_dtype
+        # Scores of a selection are gathered with the rows of its keys.
+        self.rows = rows
         # q is a position; what was made for the queries of this call counts them from 0.
         self.row = "q - q_offset" if offset else "q"
         self.opaque = opaque
@@ -78,9 +84,10 @@ class Emitter:
             kind = "capped_softmax" if gate.capped else gate.through
             if kind in ("", "ste", "capped_softmax"):
                 lines.append(f"least = least_{n}[{head}, q]")
+            key = ROW if self.rows else f"{head}, kv"
             for suffix in ("", "_fixed") if gate.through else ("",):
                 shift = "" if gate.through == "ste_identity" else f" - tau_{n}{suffix}[{head}, q]"
-                lines.append(f"x = u_{n}{suffix}[{head}, kv]{shift}")
+                lines.append(f"x = u_{n}{suffix}[{key}]{shift}")
                 lines.append(f"m_{n}{suffix} = {_GATE_OF[kind]}")
             if gate.through:
                 lines.append(f"m_{n} = 1.0 + (m_{n} - m_{n}_fixed)")
@@ -103,6 +110,10 @@ class Emitter:
             case Selected(n):
                 head = f"b, h // group_{n}, kv"
                 return f"(birth_{n}[{head}] <= q) & (q < death_{n}[{head}])", 4
+            case Held(n):
+                return f"(from_{n}[{ROW}] <= q) & (q < until_{n}[{ROW}])", 4
+            case Own():
+                return "kv == row", 1
             case Chosen(topk):
                 return f"{topk.name}[b, h, {self.row}, kv // {topk.block}]", 10
             case Gate(n):
@@ -203,7 +214,7 @@ class Emitter:
 
 def is_uniform(node: Node) -> bool:
     """Whether the node is one number for the whole call: constants and sizes only."""
-    if isinstance(node, Load | Selected | Gate | Opaque):
+    if isinstance(node, Load | Selected | Held | Own | Gate | Opaque):
         return False
     if isinstance(node, Symbol):
         return node.name in SIZE_SYMBOLS

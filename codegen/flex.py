@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flexsparse.codegen.emitter import Emitter, is_uniform, opaque_name
+from flexsparse.codegen.emitter import ROW, Emitter, is_uniform, opaque_name
 from flexsparse.errors import ShapeError
 from flexsparse.ir.nodes import (
     OPERATIONS,
@@ -36,6 +36,18 @@ _SOFT["capped_softmax"] = "min(1, exp(u - tau)), at least `least`"
 _SCORE_FUNCTIONS = ("score_mod", "kept_score_mod", "lost_score_mod")
 _WIDTH = 100
 _COMMENT_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the functions count: queries from ``q_offset`` on, and rows of keys and their copies in place of keys."""
+
+    offset: bool = False
+    rows: bool = False
+
+    def emitter(self, real_dtype: str, hoisted: dict[Node, str], program: Program | None = None) -> Emitter:
+        """An emitter of such functions, with what ``program`` has that could not be traced."""
+        return Emitter(real_dtype, hoisted, () if program is None else program.opaque, self.offset, self.rows)
 
 
 @dataclass(frozen=True)
@@ -74,10 +86,15 @@ def selection_arguments(program: Program, number: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def generate(program: Program, title: str, *, offset: bool = False) -> Generated:
-    """The functions of a program. ``title`` is the expression they came from; ``offset`` adds ``q_offset`` to q."""
-    arguments = _arguments(program, offset)
-    source = _module(program, title, arguments, offset)
+def generate(program: Program, title: str, *, offset: bool = False, rows: bool = False) -> Generated:
+    """The functions of a program. ``title`` is the expression they came from; ``offset`` adds ``q_offset`` to q.
+
+    With ``rows`` they take a row in place of a key: ``key_of_row`` says whose it is, and ``build`` takes the scores of
+    selections, and ``from_n`` and ``until_n``, by row. There is no ``value_gate`` and no ``sink_logit`` then.
+    """
+    form = Form(offset, rows)
+    arguments = _arguments(program, form)
+    source = _module(program, title, arguments, form)
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     filename = f"<flexsparse {digest}>"
     # linecache keeps entries without a modification time, so tracebacks and inspect.getsource find the text.
@@ -108,16 +125,18 @@ def _refusing(build: Callable[..., dict[str, Any]], title: str) -> Callable[...,
     return refusing
 
 
-def _arguments(program: Program, offset: bool) -> tuple[str, ...]:
+def _arguments(program: Program, form: Form) -> tuple[str, ...]:
     names = [opaque_name(n) for n in range(len(program.opaque))]
     names += [spec.name for spec in program.tensors if _is_loaded(program, spec.name)]
     names += [table_name(n) for n in range(len(program.tables)) if _is_loaded(program, table_name(n))]
     for number in range(len(program.selections)):
         names += selection_arguments(program, number)
+        names += [f"from_{number}", f"until_{number}"] * form.rows
+    names += ["key_of_row", "row_group"] * form.rows
     names += [topk.name for topk in program.chosen]
     mentioned = {n.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Symbol)}
     names += [name for name in SIZE_SYMBOLS if name in mentioned]
-    return (*names, "q_offset") if offset else tuple(names)
+    return (*names, "q_offset") if form.offset else tuple(names)
 
 
 def opaque_functions(program: Program) -> dict[str, Callable[..., Any]]:
@@ -129,16 +148,17 @@ def _is_loaded(program: Program, name: str) -> bool:
     return any(name in names for names in program.loaded.values())
 
 
-def _module(program: Program, title: str, arguments: tuple[str, ...], offset: bool) -> str:
+def _module(program: Program, title: str, arguments: tuple[str, ...], form: Form) -> str:
     hoisted: dict[Node, str] = {}
     bodies = {
-        "mask_mod": _mask_function(program, offset, hoisted),
-        **{name: _score_function(program, offset, hoisted, name) for name in _SCORE_FUNCTIONS},
-        "value_gate": _value_gate_function(program, offset, hoisted),
-        "sink_logit": _sink_function(program, offset, hoisted),
+        "mask_mod": _mask_function(program, form, hoisted),
+        **{name: _score_function(program, form, hoisted, name) for name in _SCORE_FUNCTIONS},
     }
+    if not form.rows:
+        bodies["value_gate"] = _value_gate_function(program, form, hoisted)
+        bodies["sink_logit"] = _sink_function(program, form, hoisted)
     present = {name: body for name, body in bodies.items() if body}
-    lines = [f"    {line}" for line in _argument_comments(program)]
+    lines = [f"    {line}" for line in _argument_comments(program, form)]
     emitter = Emitter("torch.float32", None)
     lines += [f"    {name} = {emitter.emit(node)}" for node, name in hoisted.items()]
     for body in present.values():
@@ -154,7 +174,7 @@ def _keywords(arguments: tuple[str, ...]) -> str:
     return f"*, {', '.join(arguments)}" if arguments else ""
 
 
-def _argument_comments(program: Program) -> Iterator[str]:
+def _argument_comments(program: Program, form: Form) -> Iterator[str]:
     for spec in program.tensors:
         if _is_loaded(program, spec.name):
             yield f"# {spec.name}: {spec.kind.value} [{', '.join(spec.dims)}]"
@@ -165,18 +185,27 @@ def _argument_comments(program: Program) -> Iterator[str]:
         if len(selection_arguments(program, number)) > 3:
             soft = _SOFT.get(program.selections[number].gate, "clip(u - tau, least, 1)")
             yield f"# its gate is {soft}, each [B, H_scores, S]; group_{number} is H // H_scores"
+        if form.rows:
+            yield f"# row stands for its key in selection {number} for the queries from <= q < until; [B, H_rows, rows]"
+    if form.rows:
+        yield "# rows: the keys, and behind them copies of those in the slots as each chunk of queries starts;"
+        yield "# key_of_row is the key of each, and u is by row as well; row_group is H // H_rows"
 
 
-def _function(name: str, parameters: str, offset: bool, comment: str, body: list[str]) -> str:
+def _function(name: str, parameters: str, form: Form, comment: str, body: list[str]) -> str:
     shown = comment if len(comment) <= _COMMENT_WIDTH else f"{comment[: _COMMENT_WIDTH - 3]}..."
+    if form.rows:
+        parameters = parameters.removesuffix("kv") + "row"
     lines = [f"def {name}({parameters}):", f"    # {shown}"]
-    if offset:
+    if form.rows:
+        lines.append(f"    kv = key_of_row[{ROW}]")
+    if form.offset:
         lines.append("    q = q + q_offset")
     return "\n".join(lines + [f"    {line}" for line in body])
 
 
-def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
-    emitter = Emitter("torch.float32", hoisted, program.opaque, offset)
+def _mask_function(program: Program, form: Form, hoisted: dict[Node, str]) -> str:
+    emitter = form.emitter("torch.float32", hoisted, program)
     if isinstance(program.mask, Constant):
         body = "return kv >= 0" if program.mask.value else "return kv < 0"
     else:
@@ -186,7 +215,7 @@ def _mask_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> 
         first, *rest = emitter.chain(program.mask, program.mask.op)
         symbol = OPERATIONS[program.mask.op].symbol
         lines = ["return (", f"    {first}", *(f"    {symbol} {operand}" for operand in rest), ")"]
-    return _function("mask_mod", "b, h, q, kv", offset, program_text(program.mask), lines)
+    return _function("mask_mod", "b, h, q, kv", form, program_text(program.mask), lines)
 
 
 def _gate_total(program: Program) -> float | None:
@@ -200,14 +229,14 @@ def _gate_total(program: Program) -> float | None:
     return 2.0 if any(isinstance(n, Gate) and n.through for n in walk(program.gate_v)) else 1.0
 
 
-def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], name: str) -> str:
+def _score_function(program: Program, form: Form, hoisted: dict[Node, str], name: str) -> str:
     """One of ``_SCORE_FUNCTIONS``; empty where there is nothing to do."""
     one, total = Constant(1.0), _gate_total(program)
     value_gate = name != "score_mod"
     if value_gate and total is None:
         return ""
     steps: list[tuple[str, Node]] = []
-    emitter = Emitter("score.dtype", hoisted, program.opaque, offset)
+    emitter = form.emitter("score.dtype", hoisted, program)
     body: list[str] = []
     if program.gate_k != one:
         body.append(f"gate = {emitter.emit(program.gate_k)}")
@@ -236,22 +265,22 @@ def _score_function(program: Program, offset: bool, hoisted: dict[Node, str], na
     comment += " + log(gate_logit)" if program.gate_logit != one else ""
     comment += {"kept_score_mod": " + log(gate_v)", "lost_score_mod": f" + log({total} - gate_v)"}.get(name, "")
     body = gates + body + [line for line, _ in steps] + ["return score"]
-    return _function(name, "score, b, h, q, kv", offset, comment, body)
+    return _function(name, "score, b, h, q, kv", form, comment, body)
 
 
-def _value_gate_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
+def _value_gate_function(program: Program, form: Form, hoisted: dict[Node, str]) -> str:
     if program.gate_v == Constant(1.0):
         return ""
-    emitter = Emitter("torch.float32", hoisted, offset=offset)
+    emitter = form.emitter("torch.float32", hoisted)
     body = [*emitter.gate_lines([program.gate_v]), f"return {emitter.emit(program.gate_v)}"]
-    return _function("value_gate", "b, h, q, kv", offset, program_text(program.gate_v), body)
+    return _function("value_gate", "b, h, q, kv", form, program_text(program.gate_v), body)
 
 
-def _sink_function(program: Program, offset: bool, hoisted: dict[Node, str]) -> str:
+def _sink_function(program: Program, form: Form, hoisted: dict[Node, str]) -> str:
     """The sink, computed outside FlexAttention from index tensors that broadcast together."""
     if not program.has_sink:
         return ""
     emitter = Emitter("like.dtype", hoisted)
     shown = emitter.emit(program.sink)
     body = f"return torch.full_like(like, {shown})" if is_uniform(program.sink) else f"return {shown}"
-    return _function("sink_logit", "like, b, h, q", offset, program_text(program.sink), [body])
+    return _function("sink_logit", "like, b, h, q", form, program_text(program.sink), [body])

@@ -122,13 +122,22 @@ def _parts(program: Program) -> dict[str, _Part]:
         parts["full"] = _part(program, TRUE, known)
         parts["near"] = _part(program, near, known)
     for n in range(len(program.selections)):
-        held: dict[Node, Node] = {Selected(n): TRUE, near: FALSE, **dict.fromkeys(_operands("or", near), FALSE)}
-        held = {node: value for node, value in held.items() if not isinstance(node, Constant)}
-        mask = _replaced(program.mask, held)
-        for other in (*(Selected(m) for m in range(n)), *_possible(near, program.selections[n].after)):
-            mask = Apply("and", (mask, Apply("not", (other,))))
-        parts[f"selected {n}"] = _part(program, mask, held)
+        parts[f"selected {n}"] = _part(program, selected_mask(program, near, n), _held(near, n))
     return parts
+
+
+def selected_mask(program: Program, near: Node, n: int) -> Node:
+    """What else must hold for a pair in selection ``n`` to be seen and to belong to no part before it."""
+    mask = _replaced(program.mask, _held(near, n))
+    for other in (*(Selected(m) for m in range(n)), *_possible(near, program.selections[n].after)):
+        mask = Apply("and", (mask, Apply("not", (other,))))
+    return simplify(mask)
+
+
+def _held(near: Node, n: int) -> dict[Node, Node]:
+    """What is known of a pair in selection ``n`` that is not near."""
+    known: dict[Node, Node] = {Selected(n): TRUE, near: FALSE, **dict.fromkeys(_operands("or", near), FALSE)}
+    return {node: value for node, value in known.items() if not isinstance(node, Constant)}
 
 
 def _possible(near: Node, after: int) -> list[Node]:

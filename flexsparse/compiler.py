@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexsparse.codegen.flex import opaque_functions
 from flexsparse.codegen.gathered import can_gather, gathered_source
+from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.explanation import Explanation
@@ -23,16 +24,17 @@ from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
-from flexsparse.plan import Plan
+from flexsparse.plan import BY_FLEX, OVER_ROWS, Plan
 from flexsparse.runtime.buffers import sequence_dims
 from flexsparse.runtime.chunked import Work, attend_chunked
 from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.gathered import attend_gathered, make_call
+from flexsparse.runtime.gathered_flex import RowsCall, attend_rows
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
 
-STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "kernels", "plan")
+STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels", "plan")
 
 
 def compile(
@@ -49,7 +51,8 @@ def compile(
     """Compile an attention pattern, given as an expression or as text. Touches no device and no shape.
 
     ``backend``: "auto" takes our kernels on CUDA where keys are selected ("gather": linear in length, gradients in a
-    fixed order), else compiled FlexAttention ("flex"), and the chunked path on CPU ("chunked"); or "flex_eager"
+    fixed order), where those cannot run FlexAttention over copies of selected keys ("gather_flex": linear too), else
+    compiled FlexAttention ("flex"), and the chunked path on CPU ("chunked"); or "flex_eager" and "gather_flex_eager"
     (uncompiled and dense, for debugging) or "reference". Nothing else is ever used in place of it, unless
     ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a warning.
     ``deterministic``: how captured tensors and scores get gradients through FlexAttention. True recomputes all of them
@@ -113,7 +116,7 @@ class CompiledAttention:
     @property
     def builds(self) -> int:
         """How many FlexAttention kernels this pattern was compiled to so far, under these settings."""
-        variants = itertools.product((False, True), repeat=2)
+        variants = itertools.product((False, True), BY_FLEX)
         return sum(_launchers(self._expression.node, self._settings, *v).builds for v in variants)
 
     def __repr__(self) -> str:
@@ -269,9 +272,10 @@ class CompiledAttention:
         return (self.bind(**shapes) if shapes else self._last()).explain(hardware)
 
     def code(self, stage: str) -> str:
-        """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod", "kernels" or "plan".
+        """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels" or "plan".
 
-        "kernels" is the Triton module of backend="gather"; "plan" wants shapes, by a call or ``bind``.
+        "rows" is the module of backend="gather_flex", whose functions take rows in place of keys; "kernels" the Triton
+        module of backend="gather"; "plan" wants shapes, by a call or ``bind``.
         """
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)
@@ -284,6 +288,8 @@ class CompiledAttention:
             return str(self.explain())
         if stage == "source":
             return self.source
+        if stage == "rows":
+            return self._compiled.rows.source if self.ir.selections else "# no copies of keys: nothing is selected"
         if stage == "kernels":
             if not can_gather(self.ir):
                 return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
@@ -325,7 +331,9 @@ class CompiledAttention:
         if bound.plan.backend == "gather":
             return self._gather(bound, work, operands, tensors)
         recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
-        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
+        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend)
+        if bound.plan.backend in OVER_ROWS:
+            return self._over_rows(bound, work, launchers, operands, tensors, recomputed, return_lse)
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
 
     def _gather(
@@ -345,6 +353,29 @@ class CompiledAttention:
             work = replace(work, tiles=classify_tiles(self.ir, shapes, self._settings, bound.buffers))
         return completed(work, operands, tensors, recomputed, out, lse)
 
+    def _over_rows(
+        self,
+        bound: Bound,
+        work: Work,
+        launchers: Launchers,
+        operands: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, ...],
+        recomputed: tuple[bool, ...],
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        shapes, carried = work.shapes, is_carried(tensors, recomputed)
+        rows = rows_of(self.ir.selections, shapes.kv_len, self._settings.block_size)
+        call = RowsCall(rows, self._compiled.rows, bound.buffers)
+        outside = tuple(t.detach() if r else t for t, r in zip(tensors, recomputed, strict=True))
+        wanted = return_lse or carried or work.sink
+        out, lse = attend_rows(call, work, launchers, operands, outside, needs_lse=wanted)
+        if lse is None:
+            return out, lse
+        if carried:
+            # The chunked path reads the tiles of keys, and not those of rows.
+            work = replace(work, tiles=classify_tiles(self.ir, shapes, self._settings, bound.buffers))
+        return completed(work, operands, tensors, recomputed, out, lse)
+
     def _is_recomputed(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a tensor's gradient comes from the chunked path rather than from FlexAttention."""
         deterministic = self._settings.deterministic
@@ -355,10 +386,10 @@ class CompiledAttention:
 
 
 @functools.lru_cache(maxsize=256)
-def _launchers(pattern: Any, settings: Settings, offset: bool, compiled: bool) -> Launchers:
-    # The pattern and the offset are part of the key: each kind of function gets launchers of its own.
-    digest = hashlib.sha256(repr((pattern, settings, offset, compiled)).encode()).hexdigest()[:16]
-    return Launchers(digest, settings, compiled)
+def _launchers(pattern: Any, settings: Settings, offset: bool, backend: str) -> Launchers:
+    # The pattern and the form are part of the key: each kind of function gets launchers of its own.
+    digest = hashlib.sha256(repr((pattern, settings, offset, backend)).encode()).hexdigest()[:16]
+    return Launchers(digest, settings, backend)
 
 
 def _watched(lengths: Sequence[int], what: str, progress: bool) -> Iterator[int]:

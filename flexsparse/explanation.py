@@ -8,7 +8,7 @@ from typing import Any
 from flexsparse.cost import Cost, predict
 from flexsparse.hardware import Hardware
 from flexsparse.ir.program import Program
-from flexsparse.plan import Plan, TileCounts
+from flexsparse.plan import BY_FLEX, Plan, TileCounts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Explanation:
             "mask": {name: getattr(self.plan, f"mask_{name}") for name in ("rows", "heads")}
             | {"distinct_heads": self.plan.distinct_heads},
             "gathered_keys": self.plan.gathered,
-            "flex_calls": self.plan.calls if self.plan.backend.startswith("flex") else 0,
+            "flex_calls": self.plan.calls if self.plan.backend in BY_FLEX else 0,
             "forward_flops": self.plan.flops,
             "candidates": [
                 {"backend": c.backend, "can_run": c.verdict.holds, "reason": c.verdict.reason}
@@ -65,7 +65,7 @@ class Explanation:
         for candidate in self.plan.candidates:
             mark = ">" if candidate.backend == self.plan.backend else " "
             state = "can run" if candidate.verdict.holds else "cannot run"
-            lines.append(f"        {mark} {candidate.backend:<11} {state}: {candidate.verdict.reason}")
+            lines.append(f"        {mark} {candidate.backend:<17} {state}: {candidate.verdict.reason}")
         if tiles is None:
             lines.append("tiles     known at the call, from its tensors")
         else:

@@ -132,13 +132,15 @@ class Captured:
         return f"captured({self.spec.name!r}, dims={self.spec.dims!r}{extra})"
 
 
-_DERIVED = re.compile(r"(birth|death|group|u|tau|least|table|m|c|selected)_\d+(_fixed)?|chosen_(mean|bounds)_\d+_\d+")
+_DERIVED = re.compile(
+    r"(birth|death|group|from|until|u|tau|least|table|m|c|selected)_\d+(_fixed)?|chosen_(mean|bounds)_\d+_\d+"
+)
 # Symbols, arguments of the call, and what generated functions call their own.
 RESERVED = {
     *SYMBOLS,
     *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
     *("torch", "math", "build", "mask_mod", "score_mod", "kept_score_mod", "lost_score_mod", "value_gate"),
-    *("gate_total", "gate", "least", "lost", "some", "x", "sink_logit", "like"),
+    *("gate_total", "gate", "least", "lost", "some", "x", "sink_logit", "like", "row", "row_group", "key_of_row"),
 }
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 

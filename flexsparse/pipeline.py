@@ -13,12 +13,13 @@ from torch import Tensor
 from flexsparse.analysis.tiles import Tiles, classify
 from flexsparse.codegen.flex import Generated, generate
 from flexsparse.codegen.gathered import near_mask
+from flexsparse.codegen.gathering.rows import Rows, program_of_rows, rows_of, with_rows
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import Load, Node, Opaque, walk
 from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
-from flexsparse.plan import Plan, choose, make_plan
+from flexsparse.plan import OVER_ROWS, Plan, choose, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured
 from flexsparse.runtime.tile_cache import TileCache
@@ -33,9 +34,15 @@ class Compiled:
     """What a pattern becomes before it meets shapes."""
 
     program: Program
+    title: str
     generated: Generated
     # The last plan for shapes and settings, and the tiles that it was made for.
     plans: dict[tuple[Shapes, Settings], tuple[Tiles, Plan]] = field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def rows(self) -> Generated:
+        """The functions over keys and, behind them, copies of selected ones."""
+        return generate(program_of_rows(self.program), self.title, rows=True)
 
     @functools.cached_property
     def near(self) -> Program:
@@ -66,8 +73,8 @@ class Bound:
 def compile_pattern(pattern: Node, offset: bool = False) -> Compiled:
     """Touches no device and no shape."""
     program = verify(lower(pattern))
-    generated = generate(program, text(pattern), offset=offset)
-    return Compiled(program, generated)
+    title = text(pattern)
+    return Compiled(program, title, generate(program, title, offset=offset))
 
 
 def bind_call(
@@ -88,42 +95,51 @@ def bind_call(
     buffers = make_buffers(program, shapes, captured, operands)
     if validate:
         refuse_outside(program, shapes, buffers)
-    read, block = _tiled(compiled, shapes, settings)
-    tiles = classify_tiles(read, shapes, block, buffers)
+    read, block, rows = _tiled(compiled, shapes, settings)
+    tiles = classify_tiles(read, shapes, block, buffers, rows)
     return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles))
 
 
-def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> tuple[Program, Settings]:
-    """The program whose tiles the chosen backend reads, and their size: what is gathered is not in tiles."""
-    if choose(compiled.program, shapes, settings)[0] != "gather":
-        return compiled.program, settings
-    return compiled.near, replace(settings, block_size=CHUNK)
+def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> tuple[Program, Settings, Rows | None]:
+    """The program whose tiles the chosen backend reads, their size, and the rows that stand behind the keys."""
+    chosen = choose(compiled.program, shapes, settings)[0]
+    if chosen == "gather":
+        return compiled.near, replace(settings, block_size=CHUNK), None
+    if chosen in OVER_ROWS:
+        return compiled.near, settings, rows_of(compiled.program.selections, shapes.kv_len, settings.block_size)
+    return compiled.program, settings, None
 
 
 def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
     program = compiled.program
     tiles = None
-    read, block = _tiled(compiled, shapes, settings)
+    read, block, rows = _tiled(compiled, shapes, settings)
     if not reads_tensors(read.mask):
         # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
-        tiles = classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {})
+        tiles = classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {}, rows)
     return make_plan(program, shapes, settings, tiles)
 
 
-def classify_tiles(program: Program, shapes: Shapes, settings: Settings, buffers: Mapping[str, Any]) -> Tiles:
-    """The class of every tile; kept for the next call unless scores, query, key or an untraced function decide it."""
+def classify_tiles(
+    program: Program, shapes: Shapes, settings: Settings, buffers: Mapping[str, Any], rows: Rows | None = None
+) -> Tiles:
+    """The class of every tile; kept for the next call unless scores, query, key or an untraced function decide it.
+
+    With ``rows`` the program's mask is the near one, and the tiles are those of the keys and the rows behind them.
+    """
     mask, sizes, block = program.mask, shapes.sizes, settings.block_size
 
     def make() -> Tiles:
-        return classify(mask, sizes, buffers, block=block, device=shapes.device, tables=program.tables)
+        found = classify(mask, sizes, buffers, block=block, device=shapes.device, tables=program.tables)
+        return found if rows is None else with_rows(found, rows)
 
     if any(isinstance(n, Selected | Chosen | Opaque) for n in walk(mask)):
         return make()
     names = {n.tensor.name for n in walk(mask) if isinstance(n, Load)}
     # Tables are made anew at each call; their numbers are part of the key.
     tensors = {spec.name: buffers[spec.name] for spec in program.tensors if spec.name in names}
-    return _TILES.get((mask, program.tables, sizes, block, str(shapes.device)), tensors, make)
+    return _TILES.get((mask, program.tables, sizes, block, rows, str(shapes.device)), tensors, make)
 
 
 _TILES = TileCache()

@@ -9,6 +9,7 @@ from flexsparse import _torch
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
 from flexsparse.codegen.gathered import near_mask
+from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant
 from flexsparse.ir.program import Program
@@ -105,6 +106,8 @@ def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, t
             )
     elif shapes.device.type == "cuda" and by_name["gather"].verdict.holds:
         chosen = "gather"
+    elif shapes.device.type == "cuda" and by_name["gather_flex"].verdict.holds and _spares(program, shapes, settings):
+        chosen = "gather_flex"
     elif shapes.device.type == "cuda" and by_name["flex"].verdict.holds:
         chosen = "flex"
     else:
@@ -120,16 +123,26 @@ def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, t
     return chosen, candidates
 
 
+def _spares(program: Program, shapes: Shapes, settings: Settings) -> bool:
+    """Whether a query meets fewer keys in slots and in its chunk than in half of the sequence.
+
+    The mask of a selection that FlexAttention reads as data keeps nearly every tile below the diagonal, and its tiles
+    are classified at each call; beyond that, copies of the keys gain nothing.
+    """
+    rows = rows_of(program.selections, shapes.kv_len, settings.block_size)
+    return sum(rows.widths) + len(rows.widths) * rows.chunk < shapes.kv_len / 2
+
+
 def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:
     """The plan of the backend that ``choose`` takes; ``tiles`` are those that it reads. Raises as ``choose`` does."""
     chosen, candidates = choose(program, shapes, settings)
     gated = program.gate_v != Constant(1.0)
-    mask = near_mask(program) if chosen == "gather" else program.mask
+    mask = near_mask(program) if chosen == "gather" or chosen in OVER_ROWS else program.mask
     distinct_heads = len(set(first_alike(mask, program.tables, shapes.heads)))
     return Plan(
         backend=chosen,
         shapes=shapes,
-        calls=2 if gated and chosen.startswith("flex") else 1,
+        calls=2 if gated and chosen in BY_FLEX else 1,
         tiles=None if tiles is None else count_tiles(tiles),
         mask_rows=shapes.batch if depends_on(mask, "b") else 1,
         mask_heads=shapes.heads if distinct_heads > 1 else 1,
@@ -189,6 +202,30 @@ def _flex(program: Program, shapes: Shapes) -> Verdict:
     return Verdict(True, "One fused kernel a call, tiles that no query sees are skipped.")
 
 
+def _unfit_for_rows(program: Program, shapes: Shapes) -> str:
+    """Why selected keys cannot stand as rows behind the others; empty where they can."""
+    if not program.selections:
+        return "Only selected keys are copied, and the pattern selects none."
+    if shapes.q_len != shapes.kv_len or shapes.q_offset:
+        return "Copies of selected keys want as many queries as keys, from position 0 on."
+    return ""
+
+
+def _gather_flex(program: Program, shapes: Shapes) -> Verdict:
+    unfit = _unfit_for_rows(program, shapes)
+    if unfit:
+        return Verdict(False, unfit)
+    flex = _flex(program, shapes)
+    if not flex.holds or shapes.device.type == "cpu":
+        return flex
+    return Verdict(True, "FlexAttention over the keys and copies of those in slots: any GPU, work linear in length.")
+
+
+def _gather_flex_eager(program: Program, shapes: Shapes) -> Verdict:
+    unfit = _unfit_for_rows(program, shapes)
+    return Verdict(False, unfit) if unfit else Verdict(True, "Dense and slow: for debugging functions of rows.")
+
+
 def _flex_eager(program: Program, shapes: Shapes) -> Verdict:
     return Verdict(True, "Dense and slow: for debugging generated functions at small sizes.")
 
@@ -201,7 +238,18 @@ def _reference(program: Program, shapes: Shapes) -> Verdict:
     return Verdict(True, "The dense float64 oracle: every score is materialised.")
 
 
-_VERDICTS = {"gather": _gather, "flex": _flex, "flex_eager": _flex_eager, "chunked": _chunked, "reference": _reference}
+_VERDICTS = {
+    "gather": _gather,
+    "gather_flex": _gather_flex,
+    "gather_flex_eager": _gather_flex_eager,
+    "flex": _flex,
+    "flex_eager": _flex_eager,
+    "chunked": _chunked,
+    "reference": _reference,
+}
+# Backends that read copies of selected keys behind the others, and all that call FlexAttention.
+OVER_ROWS = ("gather_flex", "gather_flex_eager")
+BY_FLEX = (*OVER_ROWS, "flex", "flex_eager")
 
 
 def _notes(
@@ -217,9 +265,13 @@ def _notes(
         )
         if shapes.needs_grad:
             notes.append("All gradients are summed in a fixed order, without atomics: bit-identical between runs.")
-    if gated and chosen.startswith("flex"):
+    if chosen in OVER_ROWS:
+        notes += _row_notes(program, shapes, settings)
+    if chosen == "flex" and settings.backend == "auto" and program.selections and not _unfit_for_rows(program, shapes):
+        notes.append("Slots and chunks would take half of so short a sequence: copies of selected keys spare nothing.")
+    if gated and chosen in BY_FLEX:
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
-    if program.has_sink and chosen.startswith("flex"):
+    if program.has_sink and chosen in BY_FLEX:
         again = shapes.dtype.itemsize == 4 and shapes.needs_grad and settings.deterministic is not False
         notes.append(
             "The sink joins the softmax after the attention: out * sigmoid(lse - sink), lse logaddexp(lse, sink); its "
@@ -229,7 +281,7 @@ def _notes(
                 else "gradient is a plain sum, bit-identical between runs."
             )
         )
-    if chosen == "flex" and shapes.needs_grad:
+    if chosen in ("flex", "gather_flex") and shapes.needs_grad:
         recomputed = [name for name in program.learnable if name not in program.sink_only]
         if recomputed and settings.deterministic is not False:
             notes.append(
@@ -243,7 +295,7 @@ def _notes(
             f"{function_name(leaf.function)} could not be traced ({leaf.reason}): it runs as it is, but its tiles are "
             "judged from single elements, and simplification, pictures of its parts and fast block masks are lost."
         )
-    if program.selections and chosen != "gather":
+    if program.selections and chosen != "gather" and chosen not in OVER_ROWS:
         notes.append("Tiles depend on the scores: they are classified at each call.")
     if program.chosen:
         notes.append(
@@ -254,6 +306,18 @@ def _notes(
             "A selection that depends on the query carries no eviction certificate: any key may be chosen again, so "
             "generation must keep them all."
         )
-    if chosen != "gather" and not depends_on(program.mask, "b") and distinct_heads == 1:
+    mask = near_mask(program) if chosen in OVER_ROWS else program.mask
+    if chosen != "gather" and not depends_on(mask, "b") and distinct_heads == 1:
         notes.append("The mask does not depend on batch or head: one block mask serves all.")
     return tuple(notes)
+
+
+def _row_notes(program: Program, shapes: Shapes, settings: Settings) -> list[str]:
+    rows = rows_of(program.selections, shapes.kv_len, settings.block_size)
+    notes = [
+        f"{rows.chunk:,} queries share copies of the keys in the slots as their chunk starts: {rows.total:,} rows for "
+        f"{rows.length:,} keys, {rows.total / rows.length:.1f} times the memory of key and value. No key counts twice."
+    ]
+    if shapes.needs_grad:
+        notes.append("Gradients of the copies are added to their keys in a fixed order, without atomics.")
+    return notes

@@ -61,8 +61,8 @@ def test_equal_patterns_share_one_compilation() -> None:
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     (
         {"backend": "chunkd"},
-        "backend: got 'chunkd', expected one of 'auto', 'gather', 'flex', 'flex_eager', 'chunked', 'reference'. "
-        "Did you mean 'chunked'?",
+        "backend: got 'chunkd', expected one of 'auto', 'gather', 'gather_flex', 'gather_flex_eager', 'flex', "
+        "'flex_eager', 'chunked', 'reference'. Did you mean 'chunked'?",
     ),
     ({"fallback": "dense"}, "fallback: got 'dense', expected None or 'reference'."),
     ({"deterministic": "yes"}, "deterministic: got 'yes', expected None, True or False."),
@@ -83,8 +83,8 @@ def test_unknown_stage_is_refused() -> None:
     with pytest.raises(SettingError) as caught:
         fs.compile("causal").code("scoremod")
     assert str(caught.value) == (
-        "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'kernels', 'plan'. "
-        "Did you mean 'score_mod'?"
+        "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', "
+        "'plan'. Did you mean 'score_mod'?"
     )
 
 

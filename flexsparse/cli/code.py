@@ -14,13 +14,18 @@ from flexsparse.cli.group import whole_or_not
 @click.command("code", short_help="Print a stage: IR, generated functions, plan.")
 @shared.expression_argument
 @click.option(
-    "--stage", default="source", show_default=True, help="expr, ir, source, mask_mod, score_mod, kernels or plan."
+    "--stage",
+    default="source",
+    show_default=True,
+    help="expr, ir, source, mask_mod, score_mod, rows, kernels or plan.",
 )
 @shared.shape_options
 @shared.backend_option
 @shared.json_option
 def command(expression: str, stage: str, backend: str, as_json: bool, **given: Any) -> None:
     """Print one stage: the expression, its IR, the generated FlexAttention functions, our Triton kernels, or the plan.
+
+    "rows" are the functions of --backend gather_flex, over keys and copies of selected ones.
 
     In a pipe the output is the text of the stage and nothing else. The shapes matter to --stage plan only.
 

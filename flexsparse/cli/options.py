@@ -34,7 +34,10 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto: cuda where there is one."
 )
 backend_option = click.option(
-    "--backend", default="auto", show_default=True, help="auto, flex, flex_eager, chunked or reference."
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto, gather, gather_flex, gather_flex_eager, flex, flex_eager, chunked or reference.",
 )
 
 

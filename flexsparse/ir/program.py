@@ -35,6 +35,26 @@ class Selected(Node):
 
 
 @dataclass(frozen=True)
+class Held(Node):
+    """Whether a row behind the keys, or a key's own, stands for its key in selection ``number`` at query q."""
+
+    number: int
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+
+@dataclass(frozen=True)
+class Own(Node):
+    """Whether a row is the key's own, and not a copy of it behind the keys."""
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOOL
+
+
+@dataclass(frozen=True)
 class Gate(Node):
     """The soft gate m = clip(u[kv] - tau[q], 0, 1) of selection ``number``; if ``capped``, min(1, exp(u[kv] - tau[q])).
 
@@ -177,6 +197,8 @@ def program_text(node: Node) -> str:
 def _with_names(node: Node) -> Node:
     if isinstance(node, Selected):
         return _Name(f"selected_{node.number}", Kind.BOOL)
+    if isinstance(node, Held | Own):
+        return _Name(f"held_{node.number}" if isinstance(node, Held) else "own", Kind.BOOL)
     if isinstance(node, Gate):
         return _Name(f"{node.through}(m_{node.number})" if node.through else f"m_{node.number}", Kind.REAL)
     if isinstance(node, Chosen):

@@ -9,13 +9,15 @@ whose two gradients of every key are large and cancel.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexsparse.codegen.block_mask import block_lists
+from flexsparse.codegen.block_mask import BlockLists, block_lists
 from flexsparse.runtime.chunked import Work
 from flexsparse.runtime.completion import completed, is_carried
+from flexsparse.runtime.inputs import Shapes
 from flexsparse.runtime.launcher import Launcher, mark_dynamic
 from flexsparse.settings import Settings
 
@@ -23,9 +25,9 @@ from flexsparse.settings import Settings
 class Launchers:
     """The compiled launchers of one pattern, each with its own builds: for its scores, and for a gate on V."""
 
-    def __init__(self, name: str, settings: Settings, compiled: bool) -> None:
-        self.plain = Launcher(f"attend_{name}", settings, compiled)
-        self.lost = Launcher(f"attend_lost_{name}", settings, compiled)
+    def __init__(self, name: str, settings: Settings, backend: str) -> None:
+        self.plain = Launcher(f"attend_{name}", settings, backend)
+        self.lost = Launcher(f"attend_lost_{name}", settings, backend)
 
     @property
     def builds(self) -> int:
@@ -49,19 +51,30 @@ def attend_flex(
         mark_dynamic(t, dims, launchers.plain.settings) for t, dims in zip(outside, work.sequence_dims, strict=True)
     )
     functions = work.functions(inside, broadcast=False)
-    lists = block_lists(work.tiles)
-    common = (work.shapes, work.scale, operands)
-    mask_mod = functions["mask_mod"]
-    if functions["kept_score_mod"] is None:
-        wanted = needs_lse or carried or work.sink
-        out, lse = launchers.plain(*common, (mask_mod, functions["score_mod"]), lists, wanted)
-    else:
-        kept, kept_lse = launchers.plain(*common, (mask_mod, functions["kept_score_mod"]), lists, True)
-        _, lost_lse = launchers.lost(*common, (mask_mod, functions["lost_score_mod"]), lists, True)
-        out, lse = _joined(kept, kept_lse, lost_lse, functions["gate_total"])
+    wanted = needs_lse or carried or work.sink
+    out, lse = fused(launchers, work.shapes, work.scale, operands, functions, block_lists(work.tiles), wanted)
     if lse is None:
         return out, lse
     return completed(work, operands, tensors, recomputed, out, lse)
+
+
+def fused(
+    launchers: Launchers,
+    shapes: Shapes,
+    scale: float,
+    operands: tuple[Tensor, Tensor, Tensor],
+    functions: dict[str, Any],
+    lists: BlockLists,
+    needs_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One call, or the two of a gate on V; lse where it is needed or at hand, without a sink."""
+    common = (shapes, scale, operands)
+    mask_mod = functions["mask_mod"]
+    if functions["kept_score_mod"] is None:
+        return launchers.plain(*common, (mask_mod, functions["score_mod"]), lists, needs_lse)
+    kept, kept_lse = launchers.plain(*common, (mask_mod, functions["kept_score_mod"]), lists, True)
+    _, lost_lse = launchers.lost(*common, (mask_mod, functions["lost_score_mod"]), lists, True)
+    return _joined(kept, kept_lse, lost_lse, functions["gate_total"])
 
 
 def _joined(kept: Tensor, kept_lse: Tensor | None, lost_lse: Tensor | None, total: float) -> tuple[Tensor, Tensor]:

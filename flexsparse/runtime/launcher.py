@@ -36,15 +36,16 @@ class Launcher:
     Where a kernel does not fit the GPU's shared memory, smaller options are tried and the choice is announced.
     """
 
-    def __init__(self, name: str, settings: Settings, compiled: bool) -> None:
+    def __init__(self, name: str, settings: Settings, backend: str) -> None:
         attend = _torch.attend
         # Dynamo remembers what changed by a frame's name, so the copy has a name of its own.
         own = types.FunctionType(attend.__code__.replace(co_name=name), attend.__globals__, name)
         self.builds: list[str] = []
         self.settings = settings
-        self.compiled = compiled
+        self.backend = backend
+        self.compiled = not backend.endswith("eager")
         self.run: Callable[..., Any] = own
-        if compiled:
+        if self.compiled:
             self.run = torch.compile(
                 own, fullgraph=True, backend=self._build, dynamic=None if settings.dynamic else False
             )
@@ -69,7 +70,7 @@ class Launcher:
                 with _dynamo.eager():
                     return self.run(operands, lists, *arguments, None)
             except _dynamo.FAILURES as error:
-                raise _cannot_build(shapes, "flex_eager", error) from error
+                raise _cannot_build(shapes, self.backend, error) from error
         if self.settings.dynamic:
             operands = tuple(_dynamic(x, 2) for x in operands)
             lists = tuple(_dynamic(x, *range(2, x.dim())) for x in lists)
@@ -83,7 +84,7 @@ class Launcher:
                 raise self._spent() from error
             except _dynamo.FAILURES as error:
                 if not any(sign in str(error) for sign in _TOO_LARGE) or len(self.options) == 1:
-                    raise _cannot_build(shapes, "flex", error) from error
+                    raise _cannot_build(shapes, self.backend, error) from error
             del self.options[0]
             warnings.warn(
                 f"FlexAttention's kernel does not fit the shared memory of {shapes.device}; "
@@ -151,12 +152,13 @@ def _describe(shapes: Shapes, lists: BlockLists, with_lse: bool) -> str:
 
 
 def _cannot_build(shapes: Shapes, backend: str, error: BaseException) -> BackendError:
+    functions = "attn.code('rows')" if backend.startswith("gather") else "attn.source"
     return BackendError(
         f"backend={backend!r}",
         got=f"{type(error).__name__}: {_first_line(error)}",
         expected=f"flex_attention to run here (torch {torch.__version__}, {shapes.device})",
         mend="Use backend='chunked', which is exact and slower, or pass fallback='reference' to allow the dense "
-        "oracle; attn.source shows the generated functions.",
+        f"oracle; {functions} shows the generated functions.",
     )
 
 

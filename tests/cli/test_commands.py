@@ -111,7 +111,7 @@ def test_explain_gives_reasons(invoke: Invoke) -> None:
     assert on_cpu["tiles"]["full"] > 0
 
 
-@pytest.mark.parametrize("stage", ["expr", "ir", "source", "mask_mod", "score_mod", "kernels"])
+@pytest.mark.parametrize("stage", ["expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels"])
 def test_code_in_a_pipe_is_the_code(stage: str, invoke: Invoke) -> None:
     expected = flexsparse.compile(HYBRID).code(stage)
     assert invoke("code", HYBRID, "--stage", stage).out == expected + "\n" * (not expected.endswith("\n"))

@@ -30,7 +30,7 @@ MISTAKES = {
     ("explain", "causal", "--backend", "flx"): "backend: got 'flx'",
     ("explain", "causal", "--backend", "flex", "--grad"): "FlexAttention has no gradients on CPU.",
     ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'ir', 'source', 'mask_mod', "
-    "'score_mod', 'kernels', 'plan'. Did you mean 'mask_mod'?",
+    "'score_mod', 'rows', 'kernels', 'plan'. Did you mean 'mask_mod'?",
     ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
     ("check", "causal", "--length", "100000"): "--length: got 100000, expected at most 2048",
     ("check", "causal", "--kv-heads", "3", "--heads", "4"): "--kv-heads: got 3 for 4 query heads",

@@ -9,27 +9,18 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
+from flexsparse.codegen.kernels.slot_sums import add_slot_sums
 from flexsparse.ops import kernels
 from tests.cross_compiling import ATOMIC, CrossCompiler
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 EXPECTED = {
-    *(
-        "_extents",
-        "_quantize",
-        "_running_counts",
-        "_merge",
-        "_rank",
-        "table",
-        "table_of_many",
-        "outline",
-        "refine",
-        "walk",
-    ),
+    *("_extents", "_quantize", "_running_counts", "_merge", "_rank"),
+    *("table", "table_of_many", "outline", "refine", "walk"),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),
-    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill"),
+    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill", "_slot_sums"),
 }
 
 
@@ -55,6 +46,9 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(capability: int, monkeypa
             z = torch.zeros(shape, dtype=dtype)
             gates, inside = kernels.project(z, 3)
             kernels.project_gradient(gates, inside, dtype)
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 1), (torch.float16, 200)):
+        rows, holder = torch.zeros(1, 4, 96, dim, dtype=dtype), torch.zeros(1, 2, 2, 16, dtype=torch.int32)
+        add_slot_sums(torch.zeros(1, 4, 64, dim), rows, 64, holder)
     assert compiler.names == EXPECTED
     for variant, made in compiler.compiled.items():
         assert made.metadata.shared <= SHARED_MEMORY[capability], variant

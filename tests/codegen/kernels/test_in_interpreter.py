@@ -21,6 +21,7 @@ pytest.importorskip("triton")
         ("codegen/kernels/test_selection_kernels.py", "", 26, 0),
         ("codegen/kernels/test_row_kernels.py", "", 65, 3),
         ("codegen/kernels/test_staircase.py", "", 41, 0),
+        ("gather_flex/test_kernel.py", "", 24, 0),
         ("gathered/test_kernels.py", "composition and (gate or sink)", 20, 0),
         ("gathered/test_kernels.py", "composition and not (gate or sink)", 15, 0),
         ("gathered/test_kernels.py", "not composition", 35, 0),
