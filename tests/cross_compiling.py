@@ -36,7 +36,7 @@ class CrossCompiler:
         from triton.compiler import ASTSource
 
         def launch(*args: Any, **named: Any) -> None:
-            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in named}
             kinds, constants = _signature(kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named})
             variant = (kernel.fn.__name__, *kinds.items(), *constants.items())
             if variant not in self.compiled:

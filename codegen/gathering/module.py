@@ -225,7 +225,7 @@ def module_text(
     known_thresholds = "".join(
         f"known_tau_{n} = tl.where(tau_{n} == tau_{n}, tau_{n}, 0.0)\n"
         f"scale_{n} = tl.where(tau_{n} == tau_{n}, scale, float('nan'))\n"
-        f"least_{n} = tl.where(tau_{n} == tau_{n}, least_{n}, 0.0)\n"
+        f"least_{n} = tl.where(tau_{n} == tau_{n}, least_{n}, 1.0)\n"
         for n in shifted
     )
     forward = (

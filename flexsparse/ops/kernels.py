@@ -25,6 +25,8 @@ _ONE_PROGRAM = 8192
 _MANY_ROWS = 64
 # Scores of rows that are worked on together. Fewer would leave a GPU idle, more need room: some 100 bytes a score.
 _TOGETHER = 3 << 20
+# From so many scores on the host is done before the GPU.
+_BESIDE = 1 << 21
 _LONGEST_ROW = 1 << 30
 
 
@@ -71,7 +73,7 @@ def _select_group(
     bounds = _bounds(segments)
     grid = grids.quantize(u)
     keys = ranked(_order(grid.score, bounds), grid.value)
-    if thresholds is None or lifetimes is None or not u.is_cuda:
+    if thresholds is None or lifetimes is None or not _side_by_side(u):
         if thresholds is not None:
             _find_thresholds(keys, grid, budget, after, bounds, thresholds)
         if lifetimes is not None:
@@ -85,6 +87,11 @@ def _select_group(
         _find_lifetimes(keys, grid, budget, after, bounds, lifetimes)
     _find_thresholds(keys, grid, budget, after, bounds, thresholds)
     here.wait_stream(beside)
+
+
+def _side_by_side(u: Tensor) -> bool:
+    """Whether two streams spare time: a graph has them for nothing, a host takes longer than short rows run."""
+    return u.is_cuda and (u.numel() >= _BESIDE or torch.cuda.is_current_stream_capturing())
 
 
 @functools.lru_cache(maxsize=64)

@@ -250,4 +250,6 @@ def _constants(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:
         "BLOCK_M": CHUNK, "BLOCK_Q": sizes.queries, "BLOCK_N": sizes.keys,
         "PRECISION": "ieee" if shapes.dtype is torch.float32 else "tf32",
         "num_warps": sizes.warps, "num_stages": sizes.stages,
+        # An option of NVIDIA's backend alone.
+        **({"maxnreg": sizes.registers} if sizes.registers and torch.version.hip is None else {}),
     }  # fmt: skip

@@ -19,23 +19,34 @@ _LEAST_SHARED = 101_376
 
 @dataclass(frozen=True)
 class Sizes:
-    """``queries`` of a step where gradients of keys are summed (CHUNK elsewhere), ``keys`` of a tile."""
+    """``queries`` of a step where gradients of keys are summed (CHUNK elsewhere), ``keys`` of a tile.
+
+    ``registers`` a thread at most, 0 for as many as the compiler wants.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0
 
 
-# From the fastest on; the first that fits is taken.
+# From the fastest on; the first that fits is taken. With few registers three blocks share a multiprocessor rather than
+# two, which pays for rows of up to 128 features.
+_FEW_REGISTERS, _FEW_FEATURES = 168, 128
 _TRIED = {
-    "row": (Sizes(CHUNK, 64, 4, 2), Sizes(CHUNK, 64, 4, 1), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
-    "column": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
+    "forward": (
+        *(Sizes(CHUNK, 32, 4, 2, _FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2), Sizes(CHUNK, 64, 4, 1)),
+        *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
+    ),
+    "query": (Sizes(CHUNK, 32, 4, 2), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
+    "key": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
+    "slot": (Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
 }
 # Products of float32 are not those of tensor cores: smaller tiles compile in seconds rather than in half a minute.
 _TRIED_WIDE = {
-    "row": (Sizes(CHUNK, 32, 8, 1), Sizes(CHUNK, 16, 8, 1)),
-    "column": (Sizes(32, 32, 8, 1), Sizes(16, 16, 8, 1)),
+    **dict.fromkeys(("forward", "query"), (Sizes(CHUNK, 32, 8, 1), Sizes(CHUNK, 16, 8, 1))),
+    **dict.fromkeys(("key", "slot"), (Sizes(32, 32, 8, 1), Sizes(16, 16, 8, 1))),
 }
 
 
@@ -47,7 +58,9 @@ def padded(size: int) -> int:
 def sizes_of(kernel: str, shapes: Shapes) -> Sizes:
     """The sizes for "forward", "query", "key" or "slot". Raises BackendError where nothing fits the GPU."""
     limit = _shared_memory(shapes.device)
-    tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)["row" if kernel in _ROWS else "column"]
+    tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)[kernel]
+    if max(shapes.head_dim, shapes.value_dim) > _FEW_FEATURES:
+        tried = tuple(sizes for sizes in tried if not sizes.registers)
     found = next((sizes for sizes in tried if shared_bytes(kernel, sizes, shapes) <= limit), None)
     if found is None:
         raise BackendError(
