@@ -42,11 +42,10 @@ def select(
         raise ShapeError("u", got=f"{size} scores in a row", expected=f"at most {_LONGEST} on a GPU")
     found, lived = None, None
     if thresholds:
-        exact = [torch.empty(rows, size, dtype=torch.int64, device=u.device) for _ in range(2)]
-        candidates = torch.empty(rows, size, dtype=torch.int32, device=u.device)
-        found = Thresholds(torch.empty(rows, size, dtype=result_dtype(u), device=u.device), *exact, candidates)
+        made = [u.new_empty(u.shape, dtype=d) for d in (result_dtype(u), torch.int64, torch.int64, torch.int32)]
+        found = Thresholds(*made)
     if lifetimes:
-        lived = CausalSelection(*(torch.empty(rows, size, dtype=torch.int32, device=u.device) for _ in range(3)))
+        lived = CausalSelection(*(u.new_empty(u.shape, dtype=torch.int32) for _ in range(3)))
     together = max(1, _TOGETHER // max(size, 1))
     for first in range(0, rows, together):
         group = slice(first, first + together)
