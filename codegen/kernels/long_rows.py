@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.grid import grid_between, rounded
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.rows import (
@@ -351,15 +352,15 @@ def _flow_of_parts(
 def parts_of(rows: int, size: int) -> tuple[int, int]:
     """How many programs a row, at most 256, and how many keys each: 1,024 of them or a power of two beyond."""
     least = 1024 if rows * size < 2**22 else 8192
-    local = max(least, triton.next_power_of_2(triton.cdiv(size, _PARTS)))
-    return triton.cdiv(size, local), local
+    local = max(least, next_power_of_2(cdiv(size, _PARTS)))
+    return cdiv(size, local), local
 
 
 def gates_of_rows(z: Tensor, k: int, gates: Tensor, inside: Tensor, parts: tuple[int, int] | None = None) -> None:
     """As ``rows.gates_of_rows``, for N below 2^30."""
     rows, size = z.shape
     n_parts, local = parts or parts_of(rows, size)
-    most = max(triton.next_power_of_2(n_parts), 2)
+    most = max(next_power_of_2(n_parts), 2)
     fast, bits, block = is_fast(size), grid_bits(size), min(local, 2048)
 
     def made(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -405,5 +406,5 @@ def flow_of_rows(grad: Tensor, inside: Tensor, grad_z: Tensor, parts: tuple[int,
     launch(_flow_sums, (rows, n_parts), (grad, inside, sums, inner), (size, n_parts, local), BLOCK=block)
     launch(
         _flow_of_parts, (rows, n_parts), (grad, inside, sums, inner, grad_z), (size, n_parts, local),
-        PARTS=max(triton.next_power_of_2(n_parts), 2), BLOCK=block,
+        PARTS=max(next_power_of_2(n_parts), 2), BLOCK=block,
     )  # fmt: skip
