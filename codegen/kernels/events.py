@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv
 from flexsparse.codegen.kernels.launch import launch
 
 
@@ -111,7 +112,7 @@ def ranked(order: Tensor, value: Tensor) -> Ranked:
     rows, times = order.shape
     code, rank = (torch.empty(rows, times, dtype=torch.int32, device=order.device) for _ in range(2))
     by_place = torch.empty_like(value)
-    launch(_rank, (rows, triton.cdiv(times, 1024)), (order, value, by_place, code, rank), (times,), BLOCK=1024)
+    launch(_rank, (rows, cdiv(times, 1024)), (order, value, by_place, code, rank), (times,), BLOCK=1024)
     return Ranked(order, by_place, Events(code, value, value, rank))
 
 
@@ -134,7 +135,7 @@ def merged_events(
     start, end = segments if segments is not None else (keys.order, keys.order)
     block = 512
     launch(
-        _merge, (rows, triton.cdiv(times, block)),
+        _merge, (rows, cdiv(times, block)),
         (keys.order, keys.value, alive, start, end, unit, code, edge, place), (times, times.bit_length()),
         SEGMENTS=segments is not None, BLOCK=block,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.launch import launch
 
 _BLOCK = 1024
@@ -165,8 +166,8 @@ def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
     """
     rows, size = u.shape
     whole = size <= _ONE_PROGRAM
-    block = triton.next_power_of_2(size) if whole else _BLOCK
-    n_blocks = triton.cdiv(size, block)
+    block = next_power_of_2(size) if whole else _BLOCK
+    n_blocks = cdiv(size, block)
 
     def made(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(rows, *shape, dtype=dtype, device=u.device)
@@ -181,7 +182,7 @@ def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
         launch(_extents, grid, (u, *extents), (size, n_blocks), BLOCK=block)
     launch(
         _quantize, grid, (u, *extents, unit, step, center, first_nan, value, alive, counts, score, blocks),
-        (size, n_blocks, 60 - max(size, 1).bit_length()), BLOCK=block, PARTS=triton.next_power_of_2(n_blocks),
+        (size, n_blocks, 60 - max(size, 1).bit_length()), BLOCK=block, PARTS=next_power_of_2(n_blocks),
         WHOLE=whole, COUNTED=counted, num_warps=max(4, min(16, block // 256)),
     )  # fmt: skip
     if counted and not whole:

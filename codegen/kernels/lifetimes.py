@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.launch import launch
 
 _BLOCK = 1024
@@ -149,8 +150,8 @@ def lifetimes(
     link, leaving = torch.empty_like(rank), torch.empty_like(rank)
     start, end = segments if segments is not None else (rank, rank)
     segmented, whole = segments is not None, times <= _ONE_PROGRAM
-    block = triton.next_power_of_2(times) if whole else _BLOCK
-    grid, rounds = (rows, triton.cdiv(times, block)), block.bit_length() - 1
+    block = next_power_of_2(times) if whole else _BLOCK
+    grid, rounds = (rows, cdiv(times, block)), block.bit_length() - 1
     launch(
         _deaths, grid, (count, rank, alive, counts, start, end, birth, death, leaving, link, slot),
         (times, k, after, times.bit_length(), _NONE), SEGMENTS=segmented, BLOCK=block, WHOLE=whole, ROUNDS=rounds,
@@ -217,17 +218,17 @@ def _fill(p_death, p_table, p_newest, times, chunk, n_chunks, n_groups, k, GROUP
 def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
     """The key in each slot as query ``c * chunk`` finds it, -1 for none: [R, ceil(S / chunk), k] int32."""
     rows, times = birth.shape
-    n_chunks = triton.cdiv(times, chunk)
+    n_chunks = cdiv(times, chunk)
     # Keys come in order, so the newest in a slot is the largest number that was placed in it.
     table = torch.full((rows, n_chunks, k), -1, dtype=torch.int32, device=birth.device)
     launch(
-        _place, (rows, triton.cdiv(times, _BLOCK)), (birth, death, slot, table), (times, chunk, n_chunks, k),
+        _place, (rows, cdiv(times, _BLOCK)), (birth, death, slot, table), (times, chunk, n_chunks, k),
         BLOCK=_BLOCK,
     )  # fmt: skip
-    group = max(16, triton.next_power_of_2(math.isqrt(n_chunks)))
-    n_groups = triton.cdiv(n_chunks, group)
+    group = max(16, next_power_of_2(math.isqrt(n_chunks)))
+    n_groups = cdiv(n_chunks, group)
     newest = torch.empty(rows, n_groups, k, dtype=torch.int32, device=birth.device)
-    size = (rows, n_groups, triton.cdiv(k, 64))
+    size = (rows, n_groups, cdiv(k, 64))
     flags = {"GROUP": group, "BLOCK": 64, "num_warps": 2}
     launch(_newest, size, (table, newest), (n_chunks, n_groups, k), **flags)
     launch(_fill, size, (death, table, newest), (times, chunk, n_chunks, n_groups, k), **flags)

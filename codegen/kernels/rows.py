@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import next_power_of_2
 from flexsparse.codegen.kernels.grid import grid_between, rounded
 from flexsparse.codegen.kernels.launch import launch
 
@@ -286,7 +287,7 @@ def is_fast(size: int) -> bool:
 
 def _block(size: int, most: int) -> tuple[int, int]:
     """Keys at a time, and warps."""
-    block = min(max(triton.next_power_of_2(size), 128), most)
+    block = min(max(next_power_of_2(size), 128), most)
     return block, min(max(block // 256, 1), 16)
 
 

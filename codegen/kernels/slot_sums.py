@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
+
 # Elements of a program's tile.
 _TILE = 2048
 
@@ -46,9 +48,9 @@ def add_slot_sums(total: Tensor, rows: Tensor, first: int, holder: Tensor) -> No
     """
     batch, heads, length, size = total.shape
     n_chunks, width = holder.shape[2:]
-    features = min(triton.next_power_of_2(size), 128)
+    features = min(next_power_of_2(size), 128)
     block = min(_TILE // features, 256)
-    grid = (triton.cdiv(width, block), batch * heads, triton.cdiv(size, features))
+    grid = (cdiv(width, block), batch * heads, cdiv(size, features))
     _slot_sums[grid](
         rows, holder, total, n_chunks, width, rows.shape[2], first, length, size, heads // holder.shape[1],
         BLOCK=block, FEATURES=features,

@@ -26,14 +26,15 @@ own segment's stretch.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.lattice import outline, refine, table, table_of_many
 from flexsparse.codegen.kernels.launch import launch
@@ -106,6 +107,7 @@ class Level(NamedTuple):
         return self[4:]
 
 
+@functools.lru_cache(maxsize=1024)
 def lattices_for(rows: int, times: int, size: int) -> Lattices:
     """Lattices for ``rows`` lists of ``size`` events of ``times`` keys.
 
@@ -117,15 +119,15 @@ def lattices_for(rows: int, times: int, size: int) -> Lattices:
     prefixes = _MOST_PREFIXES
     while prefixes > _PREFIXES and rows * size * prefixes > _COMPARED:
         prefixes //= 2
-    chunk = max(_SMALLEST, triton.next_power_of_2(triton.cdiv(times, prefixes)))
+    chunk = max(_SMALLEST, next_power_of_2(cdiv(times, prefixes)))
     wanted = _LARGEST
     while wanted > _SMALLEST and rows * (times + size) < wanted * _WALKERS:
         wanted //= 2
     bits = max(0, (chunk // wanted).bit_length() - 1)
-    levels = triton.cdiv(bits, _MOST_BITS)
+    levels = cdiv(bits, _MOST_BITS)
     # The finer refinements have the more cells; they get the larger share.
     factors = tuple(1 << ((bits + level) // levels) for level in range(levels))
-    length = min(chunk, max(_SMALLEST, triton.next_power_of_2(triton.cdiv(rows * size, _PROGRAMS))))
+    length = min(chunk, max(_SMALLEST, next_power_of_2(cdiv(rows * size, _PROGRAMS))))
     return Lattices(chunk, chunk, factors, length, prefixes)
 
 
@@ -159,32 +161,40 @@ def crossings(
         launch(
             refine, (programs,), (*events, *shared, *coarse.cells, *fine.cells),
             (times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine.sizes),
-            **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, triton.cdiv(fine.bucket, block)), num_warps=warps,
+            **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, cdiv(fine.bucket, block)), num_warps=warps,
         )  # fmt: skip
         coarse = fine
     shape, dtype = ((rows, times), torch.int32) if unit is None else ((rows, times, 2), torch.int64)
     found = torch.empty(shape, dtype=dtype, device=events.code.device)
     n_all = finest.column.numel()
     launch(
-        walk, (triton.cdiv(n_all, _LANES),), (*events, *shared, *finest.cells, found),
+        walk, (cdiv(n_all, _LANES),), (*events, *shared, *finest.cells, found),
         (times, size, budget, *finest.sizes, n_all), **flags, LANES=_LANES, STEPS=_STEPS, num_warps=1,
     )  # fmt: skip
     return Crossings(found)
 
 
-def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.device) -> list[Level]:
-    """Room for the cells of all lattices, none of them set; each array begins at a multiple of 128 bytes."""
+@functools.lru_cache(maxsize=1024)
+def _sizes(rows: int, times: int, size: int, lattices: Lattices) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """Of every lattice chunk, bucket and the numbers of both, and the room for its cells, a multiple of 32."""
     scales = list(itertools.accumulate((1, *lattices.factors), operator.mul))
     shapes = [(lattices.chunk // scale, lattices.bucket // scale) for scale in scales]
-    numbers = [(triton.cdiv(times, chunk), triton.cdiv(size, bucket)) for chunk, bucket in shapes]
-    lengths = [32 * triton.cdiv(rows * (chunks + buckets - 1), 32) for chunks, buckets in numbers]
+    sizes = [(chunk, bucket, cdiv(times, chunk), cdiv(size, bucket)) for chunk, bucket in shapes]
+    return sizes, [32 * cdiv(rows * (chunks + buckets - 1), 32) for _, _, chunks, buckets in sizes]
+
+
+def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.device) -> list[Level]:
+    """Room for the cells of all lattices, none of them set; each array begins at a multiple of 128 bytes."""
+    sizes, lengths = _sizes(rows, times, size, lattices)
     column = torch.full((sum(lengths),), -1, dtype=torch.int32, device=device)
     weight, moment = torch.empty_like(column), torch.empty_like(column, dtype=torch.int64)
-    parts = zip(column.split(lengths), weight.split(lengths), moment.split(lengths), strict=True)
-    return [
-        Level(*shape, *number, *(x[: rows * (sum(number) - 1)].view(rows, sum(number) - 1) for x in part))
-        for shape, number, part in zip(shapes, numbers, parts, strict=True)
-    ]
+    levels, first = [], 0
+    for (chunk, bucket, n_chunks, n_buckets), length in zip(sizes, lengths, strict=True):
+        shape = (rows, n_chunks + n_buckets - 1)
+        cells = [x[first : first + shape[0] * shape[1]].view(shape) for x in (column, weight, moment)]
+        levels.append(Level(chunk, bucket, n_chunks, n_buckets, *cells))
+        first += length
+    return levels
 
 
 def _outline(
@@ -194,7 +204,7 @@ def _outline(
     """The path through the coarsest lattice, from a table over slices of positions."""
     rows, size = events.code.shape
     length, prefixes = lattices.slice, lattices.prefixes
-    n_slices = triton.cdiv(size, length)
+    n_slices = cdiv(size, length)
     weight = torch.empty(rows, prefixes, n_slices, dtype=torch.int32, device=events.code.device)
     moment = torch.empty_like(weight, dtype=torch.int64)
     many = prefixes > 32
@@ -206,5 +216,5 @@ def _outline(
     launch(
         outline, (rows * coarse.n_chunks,), (events.edge, *shared, weight, moment, *coarse.cells),
         (times, size, budget, *coarse.sizes, n_slices), **flags, PREFIXES=prefixes,
-        BUCKETS=triton.next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
+        BUCKETS=next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.codegen.kernels.arithmetic import cdiv
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
 from flexsparse.codegen.kernels.launch import launch
@@ -82,7 +83,7 @@ def thresholds(
     rows, times = grid.value.shape
     start, end = segments if segments is not None else (grid.counts, grid.counts)
     launch(
-        _threshold, (rows, triton.cdiv(times, _BLOCK)),
+        _threshold, (rows, cdiv(times, _BLOCK)),
         (found.found, events.edge, grid.counts, start, end, grid.unit, grid.step, grid.center, grid.first_nan, *out),
         (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, BLOCK=_BLOCK,
     )  # fmt: skip
@@ -193,7 +194,7 @@ def threshold_gradient(
     device = grad.device
     enters, leaves = (torch.empty(rows, times, dtype=torch.int32, device=device) for _ in range(2))
     end = segments[1] if segments is not None else enters
-    n_blocks = triton.cdiv(times, _BLOCK)
+    n_blocks = cdiv(times, _BLOCK)
     size = (rows, n_blocks)
     at = torch.empty(rows, 2, times, dtype=torch.int64, device=device)
     launch(
