@@ -31,6 +31,7 @@ from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
+from flexsparse.traced import attend_traced, key_of, remember
 
 STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "kernels", "plan")
 
@@ -87,6 +88,9 @@ class CompiledAttention:
         self._compiled = compile_pattern(expression.node)
         self._expression = expression
         self._settings = settings
+        # The name of this attention in graphs of torch.compile.
+        self.key = key_of(expression, settings)
+        remember(self.key, self)
         self._bound: BoundAttention | None = None
 
     @property
@@ -94,6 +98,11 @@ class CompiledAttention:
         """The expression that was compiled."""
         assert isinstance(self._expression, Pattern)
         return self._expression
+
+    @property
+    def settings(self) -> Settings:
+        """The options that it was compiled with."""
+        return self._settings
 
     @property
     def ir(self) -> Program:
@@ -165,8 +174,14 @@ class CompiledAttention:
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
         key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
+        Inside ``torch.compile`` the backends "gather" and "chunked" are one custom operator, also with
+        ``fullgraph=True``, and NaN and unsorted segments are not looked for.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
         """
+        if torch.compiler.is_compiling():
+            traced = attend_traced(self, (query, key, value), captured, scale, q_offset, validate)
+            if traced is not None:
+                return traced if return_lse else traced[0]
         shapes = shapes_of(query, key, value, q_offset)
         given = with_values(self._expression.node, captured)
         inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]
@@ -307,8 +322,19 @@ class CompiledAttention:
                 "Pass backend='chunked' to choose it without this notice."
             )
 
+    def run_bound(
+        self, bound: Bound, scale: float, operands: tuple[Tensor, Tensor, Tensor], kept: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse of a bound call; ``kept`` as ``attend_gathered`` and ``attend_chunked`` take it."""
+        return self._run(bound, scale, operands, True, kept)
+
     def _run(
-        self, bound: Bound, scale: float, operands: tuple[Tensor, Tensor, Tensor], return_lse: bool
+        self,
+        bound: Bound,
+        scale: float,
+        operands: tuple[Tensor, Tensor, Tensor],
+        return_lse: bool,
+        kept: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         offset = bound.plan.shapes.q_offset != 0
         generated = compile_pattern(self._expression.node, offset).generated
@@ -321,19 +347,24 @@ class CompiledAttention:
         sink = self.ir.has_sink
         work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
         if bound.plan.backend == "chunked":
-            return attend_chunked(work, *operands, tensors)
+            return attend_chunked(work, *operands, tensors, kept)
         if bound.plan.backend == "gather":
-            return self._gather(bound, work, operands, tensors)
+            return self._gather(bound, work, operands, tensors, kept)
         recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
         launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
 
     def _gather(
-        self, bound: Bound, work: Work, operands: tuple[Tensor, Tensor, Tensor], tensors: tuple[Tensor, ...]
+        self,
+        bound: Bound,
+        work: Work,
+        operands: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, ...],
+        kept: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         shapes = work.shapes
         source = gathered_source(self.ir, str(self._expression))
-        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands)
+        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands, kept)
         learned = set(self.ir.learnable) - self.ir.sink_only
         # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
         recomputed = tuple(

@@ -68,10 +68,18 @@ class _Chunk:
 
 
 def attend_chunked(
-    work: Work, query: Tensor, key: Tensor, value: Tensor, tensors: tuple[Tensor, ...]
+    work: Work,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: tuple[Tensor, ...],
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] in float32 (float64 for float64)."""
-    return _Chunked.apply(work, query, key, value, *tensors)
+    """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] in float32 (float64 for float64).
+
+    ``kept`` are both where they are known, and only their gradients are wanted.
+    """
+    return _Chunked.apply(work, kept, query, key, value, *tensors)
 
 
 def chunks(work: Work, functions: dict[str, Any]) -> Iterator[_Chunk]:
@@ -177,23 +185,9 @@ def _sliced(chunk: _Chunk, query: Tensor, key: Tensor, value: Tensor, group: int
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, work: Work, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
+        ctx: Any, work: Work, kept: list[Tensor] | None, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        shapes = work.shapes
-        real = torch.float64 if query.dtype is torch.float64 else torch.float32
-        group = shapes.heads // shapes.kv_heads
-        out = query.new_zeros(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
-        lse = query.new_full((shapes.batch, shapes.heads, shapes.q_len), -torch.inf, dtype=real)
-        functions = work.functions(tensors, broadcast=True)
-        if work.sink:
-            # Rows that no chunk reaches see no key, and the sink alone.
-            lse.copy_(sink_logits(functions, lse, *row_indices(shapes, lse.device)))
-        for chunk in chunks(work, functions):
-            mine = _sliced(chunk, query, key, value, group, real)
-            part, part_lse = _attend(work, chunk, functions, *mine)
-            heads = slice(chunk.kv_heads.start * group, chunk.kv_heads.stop * group)
-            out[chunk.rows, heads, chunk.queries] = part.to(out.dtype)
-            lse[chunk.rows, heads, chunk.queries] = part_lse
+        out, lse = kept or _forward(work, query, key, value, tensors)
         ctx.work = work
         ctx.save_for_backward(query, key, value, *tensors)
         return out, lse
@@ -202,8 +196,29 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         query, key, value, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        return (None, *gradients(ctx.work, query, key, value, tuple(tensors), wanted, grad_out, grad_lse))
+        wanted = ctx.needs_input_grad[2:]
+        return (None, None, *gradients(ctx.work, query, key, value, tuple(tensors), wanted, grad_out, grad_lse))
+
+
+def _forward(
+    work: Work, query: Tensor, key: Tensor, value: Tensor, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    shapes = work.shapes
+    real = torch.float64 if query.dtype is torch.float64 else torch.float32
+    group = shapes.heads // shapes.kv_heads
+    out = query.new_zeros(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
+    lse = query.new_full((shapes.batch, shapes.heads, shapes.q_len), -torch.inf, dtype=real)
+    functions = work.functions(tensors, broadcast=True)
+    if work.sink:
+        # Rows that no chunk reaches see no key, and the sink alone.
+        lse.copy_(sink_logits(functions, lse, *row_indices(shapes, lse.device)))
+    for chunk in chunks(work, functions):
+        mine = _sliced(chunk, query, key, value, group, real)
+        part, part_lse = _attend(work, chunk, functions, *mine)
+        heads = slice(chunk.kv_heads.start * group, chunk.kv_heads.stop * group)
+        out[chunk.rows, heads, chunk.queries] = part.to(out.dtype)
+        lse[chunk.rows, heads, chunk.queries] = part_lse
+    return out, lse
 
 
 def gradients(

@@ -50,12 +50,14 @@ class GatheredCall:
         return -(-self.shapes.q_len // CHUNK)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attend_gathered(
+    call: GatheredCall, query: Tensor, key: Tensor, value: Tensor, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau.
 
     Where each query head selects for itself, a key has a slot for each of them: key and value are repeated to H heads.
-    torch.compile runs it as it is: the graph breaks here.
+    An empty list ``kept`` receives what the backward pass wants of the forward pass; given such a list, the kernels
+    of the forward pass do not run again.
     """
     shapes = call.shapes
     if any(call.values[f"birth_{n}"].shape[1] not in (1, shapes.kv_heads) for n in range(len(call.ks))):
@@ -63,7 +65,7 @@ def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tenso
         call = replace(call, shapes=replace(shapes, kv_heads=shapes.heads))
     thresholds = [call.values[f"tau_{n}"] for n in call.source.shifted]
     scores = [call.values[f"u_{n}"] for n in call.source.gated]
-    return _Gathered.apply(call, query, key, value, *scores, *thresholds)
+    return _Gathered.apply(call, kept, query, key, value, *scores, *thresholds)
 
 
 def make_call(
@@ -77,22 +79,20 @@ def make_call(
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: GatheredCall, query: Tensor, key: Tensor, value: Tensor, *scores: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        call: GatheredCall,
+        kept: list[Tensor] | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *scores: Tensor,
+    ) -> Any:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        shapes = call.shapes
-        out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
-        lse = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, dtype=torch.float32)
-        level, share = torch.empty_like(lse), torch.empty_like(lse)
         arguments = _arguments(call, query, key, value, scores)
-        call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
-            **arguments,
-            **_lists(call, 0),
-            p_out=out,
-            p_lse=lse,
-            p_level=level,
-            p_share=share,
-            **_constants(sizes_of("forward", shapes), shapes),
-        )
+        out, lse, level, share = kept or _forward(call, query, arguments)
+        if kept is not None and not kept:
+            kept += (out, lse, level, share)
         ctx.save_for_backward(query, key, value, out, level, share, *scores)
         ctx.call, ctx.tables = call, {n: arguments[f"p_slots_{n}"] for n in range(len(call.ks))}
         return out, lse
@@ -146,7 +146,19 @@ class _Gathered(torch.autograd.Function):
         )  # fmt: skip
         found = [_over_heads(d_u[n], call.values[f"u_{n}"]) for n in call.source.gated]
         found += [_over_heads(d_tau[n], call.values[f"tau_{n}"]) for n in call.source.shifted]
-        return None, d_query, d_key, d_value, *found
+        return None, None, d_query, d_key, d_value, *found
+
+
+def _forward(call: GatheredCall, query: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """out, lse, and by query what the softmax is measured against: ``level``, and ``share``, 1 / its sum."""
+    shapes = call.shapes
+    out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
+    lse, level, share = (query.new_empty(out.shape[:3], dtype=torch.float32) for _ in range(3))
+    call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
+        **arguments, **_lists(call, 0), p_out=out, p_lse=lse, p_level=level, p_share=share,
+        **_constants(sizes_of("forward", shapes), shapes),
+    )  # fmt: skip
+    return [out, lse, level, share]
 
 
 def _over_heads(gradient: Tensor, of: Tensor) -> Tensor:
