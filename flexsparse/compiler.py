@@ -25,7 +25,7 @@ from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
 from flexsparse.plan import Plan
 from flexsparse.runtime.buffers import sequence_dims
-from flexsparse.runtime.chunked import Work, attend_chunked
+from flexsparse.runtime.chunked import Work, attend_chunked, mass_of_keys
 from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.gathered import attend_gathered, make_call
@@ -204,6 +204,32 @@ class CompiledAttention:
             self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given
         )
 
+    @torch.no_grad()
+    def mass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        q_offset: int = 0,
+        validate: bool = True,
+        **captured: Tensor | None,
+    ) -> Tensor:
+        """What each key receives of the attention, summed over queries: [B, H, S_kv], float32 (float64 for float64).
+
+        query [B, H, S_q, D], key [B, H_kv, S_kv, D]; the rest as in a call. A query that sees a key adds 1 over all
+        keys, less what a sink takes; it is the softmax that is summed, before a gate on V. Whatever the backend, the
+        chunked path computes it, exactly and without S x S memory, in a pass of its own; no gradient. Padded queries
+        count like others: call it on rows without padding, or hide their keys. Raises what a call raises.
+        """
+        shapes = shapes_of(query, key, key, q_offset)
+        given = with_values(self._expression.node, captured)
+        compiled = compile_pattern(self._expression.node, q_offset != 0)
+        settings = replace(self._settings, backend="chunked")
+        bound = bind_call(compiled, shapes, given, settings, operands=(query, key), validate=validate)
+        work, tensors = self._work(bound, check_scale(scale, shapes.head_dim))
+        return mass_of_keys(work, query, key, tensors)
+
     def bind(
         self,
         *,
@@ -336,23 +362,26 @@ class CompiledAttention:
         return_lse: bool,
         kept: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        offset = bound.plan.shapes.q_offset != 0
-        generated = compile_pattern(self._expression.node, offset).generated
-        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
-        names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
-        constants = {name: value for name, value in values.items() if name not in names}
-        tensors = tuple(values[name] for name in names)
-        dims = tuple(sequence_dims(self.ir, name) for name in names)
-        opaque = opaque_functions(self.ir)
-        sink = self.ir.has_sink
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
+        work, tensors = self._work(bound, scale)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors, kept)
         if bound.plan.backend == "gather":
             return self._gather(bound, work, operands, tensors, kept)
-        recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
+        recomputed = tuple(self._is_recomputed(name, work.shapes.dtype) for name in work.names)
+        offset = work.shapes.q_offset != 0
         launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend == "flex")
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
+
+    def _work(self, bound: Bound, scale: float) -> tuple[Work, tuple[Tensor, ...]]:
+        """What a bound call computes, and the tensors that its functions read."""
+        generated = compile_pattern(self._expression.node, bound.plan.shapes.q_offset != 0).generated
+        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
+        names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
+        constants = {name: value for name, value in values.items() if name not in names}
+        dims = tuple(sequence_dims(self.ir, name) for name in names)
+        opaque, sink = opaque_functions(self.ir), self.ir.has_sink
+        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
+        return work, tuple(values[name] for name in names)
 
     def _gather(
         self,

@@ -135,6 +135,15 @@ def _attend(
 def _attended(
     work: Work, chunk: _Chunk, functions: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
+    weights, lse = _weights(work, chunk, functions, query, key)
+    if functions["value_gate"] is not None:
+        at = _indices(work, chunk.rows, chunk.kv_heads, chunk.queries, chunk.keys)
+        weights = weights * functions["value_gate"](*at).to(weights.dtype)
+    return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2), lse
+
+
+def _weights(work: Work, chunk: _Chunk, functions: dict[str, Any], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax [B, H, C, N] of a chunk, before any gate on V, and its lse [B, H, C]."""
     at = _indices(work, chunk.rows, chunk.kv_heads, chunk.queries, chunk.keys)
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * work.scale
@@ -151,12 +160,24 @@ def _attended(
     total = total if sink is None else total + torch.exp(sink - top)
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
-    weights = weights / safe
-    if functions["value_gate"] is not None:
-        weights = weights * functions["value_gate"](*at).to(weights.dtype)
-    out = (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
     lse = (safe.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
-    return out, lse
+    return weights / safe, lse
+
+
+@torch.no_grad()
+def mass_of_keys(work: Work, query: Tensor, key: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    """What each key receives of every query's softmax, summed over queries: [B, H, S_kv], chunk by chunk."""
+    real = torch.float64 if query.dtype is torch.float64 else torch.float32
+    group = work.shapes.heads // work.shapes.kv_heads
+    mass = query.new_zeros(work.shapes.batch, work.shapes.heads, work.shapes.kv_len, dtype=real)
+    functions = work.functions(tensors, broadcast=True)
+    for chunk in chunks(work, functions):
+        mine, keys, _ = _sliced(chunk, query, key, key, group, real)
+        with torch.autocast(query.device.type, enabled=False):
+            weights, _ = _weights(work, chunk, functions, mine, keys)
+        heads = slice(chunk.kv_heads.start * group, chunk.kv_heads.stop * group)
+        mass[chunk.rows, heads].index_add_(2, chunk.keys, weights.sum(2))
+    return mass
 
 
 def sink_logits(functions: dict[str, Any], like: Tensor, b: Tensor, h: Tensor, q: Tensor) -> Tensor:
