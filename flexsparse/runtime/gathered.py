@@ -18,7 +18,7 @@ from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import slot_table
 from flexsparse.runtime.chunked import Work
-from flexsparse.runtime.gathered_sizes import Sizes, padded, sizes_of
+from flexsparse.runtime.gathered_sizes import KERNELS, Sizes, padded, sizes_of
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK
 
@@ -30,7 +30,8 @@ _BUSY = 512
 class GatheredCall:
     """Everything but query, key, value and the scores that the kernels of one call read.
 
-    ``values`` are those of ``make_buffers``; ``lists`` the block mask of what is near, in tiles of CHUNK.
+    ``values`` are those of ``make_buffers``; ``lists`` the block mask of what is near, in tiles of CHUNK; ``sizes`` the
+    tiles of each kernel.
     """
 
     source: GatheredSource
@@ -40,6 +41,7 @@ class GatheredCall:
     lists: tuple[Tensor, ...]
     ks: tuple[int, ...]
     afters: tuple[int, ...]
+    sizes: Mapping[str, Sizes]
 
     @property
     def module(self) -> ModuleType:
@@ -74,7 +76,8 @@ def make_call(
     """The call of ``work``, whose tiles are those of the near mask in tiles of CHUNK."""
     size = work.shapes.kv_len
     ks, afters = tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
-    return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters)
+    sizes = {kernel: sizes_of(kernel, work.shapes) for kernel in KERNELS}
+    return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters, sizes)
 
 
 class _Gathered(torch.autograd.Function):
@@ -134,12 +137,12 @@ class _Gathered(torch.autograd.Function):
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         call.module.query_gradient[(call.chunks, shapes.heads, shapes.batch)](
             **arguments, **_lists(call, 0), p_d_query=d_query,
-            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(sizes_of("query", shapes), shapes),
+            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(call.sizes["query"], shapes),
         )  # fmt: skip
         parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
         parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
         parts |= {f"p_part_u_{n}_{m}": x for (n, m), x in part_u.items()}
-        sizes = sizes_of("key", shapes)
+        sizes = call.sizes["key"]
         call.module.key_gradient[(-(-shapes.kv_len // sizes.keys), shapes.kv_heads, shapes.batch)](
             **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
             **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_constants(sizes, shapes),
@@ -156,7 +159,7 @@ def _forward(call: GatheredCall, query: Tensor, arguments: Mapping[str, Any]) ->
     lse, level, share = (query.new_empty(out.shape[:3], dtype=torch.float32) for _ in range(3))
     call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
         **arguments, **_lists(call, 0), p_out=out, p_lse=lse, p_level=level, p_share=share,
-        **_constants(sizes_of("forward", shapes), shapes),
+        **_constants(call.sizes["forward"], shapes),
     )  # fmt: skip
     return [out, lse, level, share]
 
@@ -176,7 +179,7 @@ def _gather_slots(
 ) -> None:
     """The gradients of selected keys from the chunks that gathered them, in spans of chunks that are then joined."""
     shapes, k = call.shapes, call.ks[n]
-    sizes = sizes_of("slot", shapes)
+    sizes = call.sizes["slot"]
     blocks, pairs = -(-k // sizes.keys), shapes.batch * shapes.kv_heads
     spans = max(1, min(call.chunks, _BUSY // (blocks * pairs)))
     span = -(-call.chunks // spans)
