@@ -26,6 +26,7 @@ from types import ModuleType
 from flexsparse.codegen.gathering.module import module_text
 from flexsparse.codegen.gathering.tiles import attend, gradient_of_keys, gradient_of_query
 from flexsparse.codegen.triton_text import TritonText
+from flexsparse.files import cache_home, write_whole
 from flexsparse.ir.derivative import derivative
 from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
 from flexsparse.ir.program import Gate, Program, Selected
@@ -289,16 +290,14 @@ def _kept(name: str, text: str) -> pathlib.Path:
 
     It is written beside its place and moved there, so that other processes find all of it or nothing.
     """
-    home = pathlib.Path(os.environ.get("FLEXSPARSE_CACHE_DIR") or pathlib.Path.home() / ".cache" / "flexsparse")
+    home = cache_home()
     for folder in (home / "kernels", pathlib.Path(tempfile.gettempdir()) / f"flexsparse-{os.getuid()}"):
         path = folder / name
         try:
             if path.is_file() and path.read_text() == text:
                 return path
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".py", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, path)
+            write_whole(path, text)
         except OSError:
             continue
         return path

@@ -5,7 +5,8 @@ Those of torch.compile are in ``_dynamo``: they take a second to import, which a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,6 +73,23 @@ def block_mask(
         mask_mod=mask_mod,
         **lengths,
     )
+
+
+# How a custom operator says that no CUDA graph may hold it, because it keeps tensors between its calls: 2.8 and later.
+OUTSIDE_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@contextlib.contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Gradients inside a custom operator, where autograd is switched off."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    with contextlib.ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def version_of(tensor: Tensor) -> int:

@@ -26,13 +26,14 @@ from flexsparse.parser import parse
 from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
 from flexsparse.plan import BY_FLEX, OVER_ROWS, Plan
 from flexsparse.runtime.buffers import sequence_dims
-from flexsparse.runtime.chunked import Work, attend_chunked
+from flexsparse.runtime.chunked import Work, attend_chunked, mass_of_keys
 from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.gathered_flex import RowsCall, attend_rows
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
+from flexsparse.traced import attend_traced, key_of, remember
 
 STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels", "plan")
 
@@ -90,6 +91,9 @@ class CompiledAttention:
         self._compiled = compile_pattern(expression.node)
         self._expression = expression
         self._settings = settings
+        # The name of this attention in graphs of torch.compile.
+        self.key = key_of(expression, settings)
+        remember(self.key, self)
         self._bound: BoundAttention | None = None
 
     @property
@@ -97,6 +101,11 @@ class CompiledAttention:
         """The expression that was compiled."""
         assert isinstance(self._expression, Pattern)
         return self._expression
+
+    @property
+    def settings(self) -> Settings:
+        """The options that it was compiled with."""
+        return self._settings
 
     @property
     def ir(self) -> Program:
@@ -168,8 +177,14 @@ class CompiledAttention:
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
         key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
+        Inside ``torch.compile`` the backends "gather" and "chunked" are one custom operator, also with
+        ``fullgraph=True``, and NaN and unsorted segments are not looked for.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
         """
+        if torch.compiler.is_compiling():
+            traced = attend_traced(self, (query, key, value), captured, scale, q_offset, validate)
+            if traced is not None:
+                return traced if return_lse else traced[0]
         shapes = shapes_of(query, key, value, q_offset)
         given = with_values(self._expression.node, captured)
         inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]
@@ -191,6 +206,32 @@ class CompiledAttention:
         return reference(
             self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given
         )
+
+    @torch.no_grad()
+    def mass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        q_offset: int = 0,
+        validate: bool = True,
+        **captured: Tensor | None,
+    ) -> Tensor:
+        """What each key receives of the attention, summed over queries: [B, H, S_kv], float32 (float64 for float64).
+
+        query [B, H, S_q, D], key [B, H_kv, S_kv, D]; the rest as in a call. A query that sees a key adds 1 over all
+        keys, less what a sink takes; it is the softmax that is summed, before a gate on V. Whatever the backend, the
+        chunked path computes it, exactly and without S x S memory, in a pass of its own; no gradient. Padded queries
+        count like others: call it on rows without padding, or hide their keys. Raises what a call raises.
+        """
+        shapes = shapes_of(query, key, key, q_offset)
+        given = with_values(self._expression.node, captured)
+        compiled = compile_pattern(self._expression.node, q_offset != 0)
+        settings = replace(self._settings, backend="chunked")
+        bound = bind_call(compiled, shapes, given, settings, operands=(query, key), validate=validate)
+        work, tensors = self._work(bound, check_scale(scale, shapes.head_dim))
+        return mass_of_keys(work, query, key, tensors)
 
     def bind(
         self,
@@ -313,35 +354,54 @@ class CompiledAttention:
                 "Pass backend='chunked' to choose it without this notice."
             )
 
+    def run_bound(
+        self, bound: Bound, scale: float, operands: tuple[Tensor, Tensor, Tensor], kept: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse of a bound call; ``kept`` as ``attend_gathered`` and ``attend_chunked`` take it."""
+        return self._run(bound, scale, operands, True, kept)
+
     def _run(
-        self, bound: Bound, scale: float, operands: tuple[Tensor, Tensor, Tensor], return_lse: bool
+        self,
+        bound: Bound,
+        scale: float,
+        operands: tuple[Tensor, Tensor, Tensor],
+        return_lse: bool,
+        kept: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        offset = bound.plan.shapes.q_offset != 0
-        generated = compile_pattern(self._expression.node, offset).generated
-        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
-        names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
-        constants = {name: value for name, value in values.items() if name not in names}
-        tensors = tuple(values[name] for name in names)
-        dims = tuple(sequence_dims(self.ir, name) for name in names)
-        opaque = opaque_functions(self.ir)
-        sink = self.ir.has_sink
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
+        work, tensors = self._work(bound, scale)
         if bound.plan.backend == "chunked":
-            return attend_chunked(work, *operands, tensors)
+            return attend_chunked(work, *operands, tensors, kept)
         if bound.plan.backend == "gather":
-            return self._gather(bound, work, operands, tensors)
-        recomputed = tuple(self._is_recomputed(name, bound.plan.shapes.dtype) for name in names)
+            return self._gather(bound, work, operands, tensors, kept)
+        recomputed = tuple(self._is_recomputed(name, work.shapes.dtype) for name in work.names)
+        offset = work.shapes.q_offset != 0
         launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend)
         if bound.plan.backend in OVER_ROWS:
             return self._over_rows(bound, work, launchers, operands, tensors, recomputed, return_lse)
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
 
+    def _work(self, bound: Bound, scale: float) -> tuple[Work, tuple[Tensor, ...]]:
+        """What a bound call computes, and the tensors that its functions read."""
+        generated = compile_pattern(self._expression.node, bound.plan.shapes.q_offset != 0).generated
+        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
+        names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
+        constants = {name: value for name, value in values.items() if name not in names}
+        dims = tuple(sequence_dims(self.ir, name) for name in names)
+        opaque, sink = opaque_functions(self.ir), self.ir.has_sink
+        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
+        return work, tuple(values[name] for name in names)
+
     def _gather(
-        self, bound: Bound, work: Work, operands: tuple[Tensor, Tensor, Tensor], tensors: tuple[Tensor, ...]
+        self,
+        bound: Bound,
+        work: Work,
+        operands: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, ...],
+        kept: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         shapes = work.shapes
         source = gathered_source(self.ir, str(self._expression))
-        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands)
+        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands, kept)
         learned = set(self.ir.learnable) - self.ir.sink_only
         # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
         recomputed = tuple(

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexsparse.dense_selections import block_scores, capped_gates, finite_scores, sorted_gates, walk
 from flexsparse.errors import CapturedError
 from flexsparse.expression import Pattern
+from flexsparse.ir import nodes
 from flexsparse.ir.nodes import (
     Apply,
     BlockTopK,
@@ -187,8 +188,13 @@ class _Evaluator:
         self.captured = captured
         self.operands = operands
         self.one = torch.ones((), dtype=torch.float64, device=sizes.device)
+        # Tensors that are given as cumulative lengths; known from the whole pattern, which comes first.
+        self.boundaries: frozenset[str] | None = None
 
     def pattern(self, node: Node) -> _Dense:
+        if self.boundaries is None:
+            loads = [n.tensor for n in nodes.walk(node) if isinstance(n, Load)]
+            self.boundaries = frozenset(spec.name for spec in loads if spec.encoding == "boundaries")
         match node:
             case Named():
                 return self.pattern(node.body)
@@ -287,8 +293,7 @@ class _Evaluator:
             case Load(spec, index):
                 tensor = self.tensor(spec.name, spec.value)
                 if spec.encoding == "boundaries":
-                    positions = torch.arange(max(self.sizes.kv_len, self.sizes.q_len), device=tensor.device)
-                    tensor = (positions[:, None] >= tensor[None, 1:]).sum(1)
+                    tensor = self.document_ids(tensor)
                 if spec.encoding == "parents":
                     tensor = walk(tensor)
                 while tensor.dim() < len(spec.dims):
@@ -314,6 +319,11 @@ class _Evaluator:
                     values = [v.to(self.sizes.device) for v in values]
                 return _MEANING[op](*values)
         raise AssertionError(f"no meaning for {type(node).__name__}")
+
+    def document_ids(self, boundaries: Tensor) -> Tensor:
+        """Cumulative lengths [N + 1] -> the id of each position's document."""
+        positions = torch.arange(max(self.sizes.kv_len, self.sizes.q_len), device=boundaries.device)
+        return (positions[:, None] >= boundaries[None, 1:]).sum(1)
 
     def tensor(self, name: str, value: Tensor | None = None) -> Tensor:
         """The captured tensor of that name, or the one that came with the expression."""
@@ -353,6 +363,7 @@ class _Evaluator:
         candidate = kv <= q - node.after
         if node.segments is not None:
             ids = self.tensor(node.segments)
+            ids = self.document_ids(ids) if node.segments in (self.boundaries or ()) else ids
             ids = ids.reshape(-1, 1, ids.shape[-1])
             candidate = candidate & (ids[:, :, q.flatten(), None] == ids[:, :, None, :])
         z = torch.where(candidate, scores.unsqueeze(2), -torch.inf)

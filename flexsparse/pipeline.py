@@ -90,9 +90,23 @@ def bind_call(
 
     ``operands`` are query and key, for selections that depend on them.
     """
+    captured = check_captured(compiled.program, shapes, given, validate=validate)
+    return bind_checked(compiled, shapes, captured, settings, operands=operands, validate=validate)
+
+
+def bind_checked(
+    compiled: Compiled,
+    shapes: Shapes,
+    captured: Mapping[str, Tensor],
+    settings: Settings,
+    *,
+    operands: tuple[Tensor, Tensor] | None = None,
+    selected: Mapping[str, Tensor] | None = None,
+    validate: bool,
+) -> Bound:
+    """``bind_call`` after its checks; ``selected`` is what ``selection_buffers`` gave, where it was asked before."""
     program = compiled.program
-    captured = check_captured(program, shapes, given, validate=validate)
-    buffers = make_buffers(program, shapes, captured, operands)
+    buffers = make_buffers(program, shapes, captured, operands, selected)
     if validate:
         refuse_outside(program, shapes, buffers)
     read, block, rows = _tiled(compiled, shapes, settings)

@@ -1,7 +1,8 @@
 """SPARSEK attention: the k keys with the largest learned scores of each causal prefix, under a soft gate.
 
 Query q selects among the keys ``kv <= q - after`` (inclusive), of its own segment if ``segments`` names a tensor
-of ids ([S] or [B, S], non-decreasing): then the prefix restarts with each segment. That differs from
+of ids ([S] or [B, S], non-decreasing; cumulative lengths where ``document(cu_seqlens=...)`` names the same
+tensor): then the prefix restarts with each segment. That differs from
 ``document() & sparsek(k)``, which selects over the whole row first and masks then. ``gate`` says where the soft
 gate acts: "kv", "k", "v", "logit", "none", "ste", "ste_identity" or "ste_sigmoid", or chooses another gate,
 "capped_softmax"; ``topk`` says what each does.

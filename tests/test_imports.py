@@ -14,7 +14,7 @@ PACKAGE = ROOT / "flexsparse"
 
 # Earlier first. A module may import from its own level and from those before it.
 LEVELS = (
-    ("errors", "verdict", "kernels"),
+    ("errors", "verdict", "files", "kernels"),
     ("ir",),
     ("expression",),
     ("catalogue",),
@@ -31,7 +31,7 @@ LEVELS = (
     ("cost",),
     ("explanation",),
     ("pipeline",),
-    ("compiler", "block_masks", "tolerance", "measurement"),
+    ("compiler", "traced", "block_masks", "tolerance", "measurement", "tuning"),
     ("nn",),
 )
 LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}

@@ -127,12 +127,13 @@ def read_zoom(text: str, length: int) -> tuple[range, range]:
 def print_json(data: Any) -> None:
     """JSON alone on standard output; numbers that JSON lacks become text, such as "inf"."""
     with whole_or_not():
-        click.echo(json.dumps(_finite(data), indent=2))
+        click.echo(json.dumps(finite(data), indent=2))
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """The data with numbers that JSON lacks as text."""
     if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
+        return {name: finite(value) for name, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data

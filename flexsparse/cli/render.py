@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -225,6 +225,20 @@ def _glyph(glyphs: tuple[str, str, str], kind: int, share: float | None) -> str:
 def _plain(console: Console) -> bool:
     """Whether the output cannot carry more than ASCII."""
     return console.options.ascii_only or not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
+def tuned(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The sizes that a search found for each head_dim, and what they gained."""
+    parts: list[RenderableType] = []
+    for one in found:
+        place = one["place"]
+        about = f"{place['gpu']}, {place['bits']} bits, head_dim {place['head_dim']}, triton {place['triton']}"
+        table = columns("kernel", "queries", "keys", "warps", "stages", "ms", "before", right=(1, 2, 3, 4, 5, 6))
+        for kernel, sizes in one["kernels"].items():
+            numbers = (str(sizes[n]) for n in ("queries", "keys", "warps", "stages"))
+            table.add_row(kernel, *numbers, f"{sizes['ms']:.3f}", f"{sizes['ms_before']:.3f}")
+        parts += [heading(about), table, Text(f"kept in {one['kept'] or 'no file'}", "bright_black")]
+    return Group(*parts, "", Text("ms are of the whole pass, forward or backward, that a kernel is part of."))
 
 
 def devices(known: Sequence[Hardware]) -> RenderableType:

@@ -27,10 +27,12 @@ def make_buffers(
     shapes: Shapes,
     captured: Mapping[str, Tensor],
     operands: tuple[Tensor, Tensor] | None = None,
+    selected: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Every value that ``Generated.build`` may ask for, by name.
 
-    ``operands`` are query [B, H, S_q, D] and key [B, H_kv, S_kv, D], from which blocks are chosen.
+    ``operands`` are query [B, H, S_q, D] and key [B, H_kv, S_kv, D], from which blocks are chosen; ``selected`` is
+    what ``selection_buffers`` gave, where it was asked before. Without it scores are read from ``captured``.
     Raises ExpressionError where the pattern needs them and they are not given, ShapeError for queries beyond the keys.
     """
     real = torch.float64 if shapes.dtype is torch.float64 else torch.float32
@@ -39,16 +41,23 @@ def make_buffers(
         dtype = torch.int64 if all(isinstance(v, int) for v in values) else real
         buffers[table_name(number)] = torch.tensor(values, dtype=dtype, device=shapes.device)
     _check_per_head(program, shapes.heads)
-    for number in range(len(program.selections)):
-        buffers |= _selection(program, number, captured)
+    buffers |= selection_buffers(program, captured) if selected is None else selected
     for topk in program.chosen:
         if operands is None:
             raise needs_operands(text(topk))
         refuse_beyond_keys(shapes)
         buffers[topk.name] = choose_blocks(*operands, topk.k, topk.block, topk.score, shapes.q_offset)
     buffers |= {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads, "q_offset": shapes.q_offset}
-    for number, selection in enumerate(program.selections):
-        buffers[f"group_{number}"] = shapes.heads // captured[selection.scores].shape[1]
+    for number in range(len(program.selections)):
+        buffers[f"group_{number}"] = shapes.heads // buffers[f"birth_{number}"].shape[1]
+    return buffers
+
+
+def selection_buffers(program: Program, captured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the selections of a program become by its scores: lifetimes, slots, and what their gates read."""
+    buffers: dict[str, Tensor] = {}
+    for number in range(len(program.selections)):
+        buffers |= _selection(program, number, captured)
     return buffers
 
 

@@ -68,10 +68,18 @@ class _Chunk:
 
 
 def attend_chunked(
-    work: Work, query: Tensor, key: Tensor, value: Tensor, tensors: tuple[Tensor, ...]
+    work: Work,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: tuple[Tensor, ...],
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] in float32 (float64 for float64)."""
-    return _Chunked.apply(work, query, key, value, *tensors)
+    """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] in float32 (float64 for float64).
+
+    ``kept`` are both where they are known, and only their gradients are wanted.
+    """
+    return _Chunked.apply(work, kept, query, key, value, *tensors)
 
 
 def chunks(work: Work, functions: dict[str, Any]) -> Iterator[_Chunk]:
@@ -127,6 +135,15 @@ def _attend(
 def _attended(
     work: Work, chunk: _Chunk, functions: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
+    weights, lse = _weights(work, chunk, functions, query, key)
+    if functions["value_gate"] is not None:
+        at = _indices(work, chunk.rows, chunk.kv_heads, chunk.queries, chunk.keys)
+        weights = weights * functions["value_gate"](*at).to(weights.dtype)
+    return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2), lse
+
+
+def _weights(work: Work, chunk: _Chunk, functions: dict[str, Any], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax [B, H, C, N] of a chunk, before any gate on V, and its lse [B, H, C]."""
     at = _indices(work, chunk.rows, chunk.kv_heads, chunk.queries, chunk.keys)
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * work.scale
@@ -143,12 +160,24 @@ def _attended(
     total = total if sink is None else total + torch.exp(sink - top)
     empty = total == 0
     safe = total.masked_fill(empty, 1.0)
-    weights = weights / safe
-    if functions["value_gate"] is not None:
-        weights = weights * functions["value_gate"](*at).to(weights.dtype)
-    out = (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
     lse = (safe.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
-    return out, lse
+    return weights / safe, lse
+
+
+@torch.no_grad()
+def mass_of_keys(work: Work, query: Tensor, key: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    """What each key receives of every query's softmax, summed over queries: [B, H, S_kv], chunk by chunk."""
+    real = torch.float64 if query.dtype is torch.float64 else torch.float32
+    group = work.shapes.heads // work.shapes.kv_heads
+    mass = query.new_zeros(work.shapes.batch, work.shapes.heads, work.shapes.kv_len, dtype=real)
+    functions = work.functions(tensors, broadcast=True)
+    for chunk in chunks(work, functions):
+        mine, keys, _ = _sliced(chunk, query, key, key, group, real)
+        with torch.autocast(query.device.type, enabled=False):
+            weights, _ = _weights(work, chunk, functions, mine, keys)
+        heads = slice(chunk.kv_heads.start * group, chunk.kv_heads.stop * group)
+        mass[chunk.rows, heads].index_add_(2, chunk.keys, weights.sum(2))
+    return mass
 
 
 def sink_logits(functions: dict[str, Any], like: Tensor, b: Tensor, h: Tensor, q: Tensor) -> Tensor:
@@ -177,23 +206,9 @@ def _sliced(chunk: _Chunk, query: Tensor, key: Tensor, value: Tensor, group: int
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, work: Work, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
+        ctx: Any, work: Work, kept: list[Tensor] | None, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        shapes = work.shapes
-        real = torch.float64 if query.dtype is torch.float64 else torch.float32
-        group = shapes.heads // shapes.kv_heads
-        out = query.new_zeros(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
-        lse = query.new_full((shapes.batch, shapes.heads, shapes.q_len), -torch.inf, dtype=real)
-        functions = work.functions(tensors, broadcast=True)
-        if work.sink:
-            # Rows that no chunk reaches see no key, and the sink alone.
-            lse.copy_(sink_logits(functions, lse, *row_indices(shapes, lse.device)))
-        for chunk in chunks(work, functions):
-            mine = _sliced(chunk, query, key, value, group, real)
-            part, part_lse = _attend(work, chunk, functions, *mine)
-            heads = slice(chunk.kv_heads.start * group, chunk.kv_heads.stop * group)
-            out[chunk.rows, heads, chunk.queries] = part.to(out.dtype)
-            lse[chunk.rows, heads, chunk.queries] = part_lse
+        out, lse = kept or _forward(work, query, key, value, tensors)
         ctx.work = work
         ctx.save_for_backward(query, key, value, *tensors)
         return out, lse
@@ -202,8 +217,29 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         query, key, value, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        return (None, *gradients(ctx.work, query, key, value, tuple(tensors), wanted, grad_out, grad_lse))
+        wanted = ctx.needs_input_grad[2:]
+        return (None, None, *gradients(ctx.work, query, key, value, tuple(tensors), wanted, grad_out, grad_lse))
+
+
+def _forward(
+    work: Work, query: Tensor, key: Tensor, value: Tensor, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    shapes = work.shapes
+    real = torch.float64 if query.dtype is torch.float64 else torch.float32
+    group = shapes.heads // shapes.kv_heads
+    out = query.new_zeros(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
+    lse = query.new_full((shapes.batch, shapes.heads, shapes.q_len), -torch.inf, dtype=real)
+    functions = work.functions(tensors, broadcast=True)
+    if work.sink:
+        # Rows that no chunk reaches see no key, and the sink alone.
+        lse.copy_(sink_logits(functions, lse, *row_indices(shapes, lse.device)))
+    for chunk in chunks(work, functions):
+        mine = _sliced(chunk, query, key, value, group, real)
+        part, part_lse = _attend(work, chunk, functions, *mine)
+        heads = slice(chunk.kv_heads.start * group, chunk.kv_heads.stop * group)
+        out[chunk.rows, heads, chunk.queries] = part.to(out.dtype)
+        lse[chunk.rows, heads, chunk.queries] = part_lse
+    return out, lse
 
 
 def gradients(

@@ -18,7 +18,7 @@ from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import slot_table
 from flexsparse.runtime.chunked import Work
-from flexsparse.runtime.gathered_sizes import Sizes, padded, sizes_of
+from flexsparse.runtime.gathered_sizes import KERNELS, Sizes, padded, sizes_of
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK
 
@@ -30,7 +30,8 @@ _BUSY = 512
 class GatheredCall:
     """Everything but query, key, value and the scores that the kernels of one call read.
 
-    ``values`` are those of ``make_buffers``; ``lists`` the block mask of what is near, in tiles of CHUNK.
+    ``values`` are those of ``make_buffers``; ``lists`` the block mask of what is near, in tiles of CHUNK; ``sizes`` the
+    tiles of each kernel.
     """
 
     source: GatheredSource
@@ -40,6 +41,7 @@ class GatheredCall:
     lists: tuple[Tensor, ...]
     ks: tuple[int, ...]
     afters: tuple[int, ...]
+    sizes: Mapping[str, Sizes]
 
     @property
     def module(self) -> ModuleType:
@@ -50,12 +52,14 @@ class GatheredCall:
         return -(-self.shapes.q_len // CHUNK)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attend_gathered(
+    call: GatheredCall, query: Tensor, key: Tensor, value: Tensor, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau.
 
     Where each query head selects for itself, a key has a slot for each of them: key and value are repeated to H heads.
-    torch.compile runs it as it is: the graph breaks here.
+    An empty list ``kept`` receives what the backward pass wants of the forward pass; given such a list, the kernels
+    of the forward pass do not run again.
     """
     shapes = call.shapes
     if any(call.values[f"birth_{n}"].shape[1] not in (1, shapes.kv_heads) for n in range(len(call.ks))):
@@ -63,7 +67,7 @@ def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tenso
         call = replace(call, shapes=replace(shapes, kv_heads=shapes.heads))
     thresholds = [call.values[f"tau_{n}"] for n in call.source.shifted]
     scores = [call.values[f"u_{n}"] for n in call.source.gated]
-    return _Gathered.apply(call, query, key, value, *scores, *thresholds)
+    return _Gathered.apply(call, kept, query, key, value, *scores, *thresholds)
 
 
 def make_call(
@@ -72,27 +76,26 @@ def make_call(
     """The call of ``work``, whose tiles are those of the near mask in tiles of CHUNK."""
     size = work.shapes.kv_len
     ks, afters = tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
-    return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters)
+    sizes = {kernel: sizes_of(kernel, work.shapes) for kernel in KERNELS}
+    return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters, sizes)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: GatheredCall, query: Tensor, key: Tensor, value: Tensor, *scores: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        call: GatheredCall,
+        kept: list[Tensor] | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *scores: Tensor,
+    ) -> Any:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        shapes = call.shapes
-        out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
-        lse = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, dtype=torch.float32)
-        level, share = torch.empty_like(lse), torch.empty_like(lse)
         arguments = _arguments(call, query, key, value, scores)
-        call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
-            **arguments,
-            **_lists(call, 0),
-            p_out=out,
-            p_lse=lse,
-            p_level=level,
-            p_share=share,
-            **_constants(sizes_of("forward", shapes), shapes),
-        )
+        out, lse, level, share = kept or _forward(call, query, arguments)
+        if kept is not None and not kept:
+            kept += (out, lse, level, share)
         ctx.save_for_backward(query, key, value, out, level, share, *scores)
         ctx.call, ctx.tables = call, {n: arguments[f"p_slots_{n}"] for n in range(len(call.ks))}
         return out, lse
@@ -134,19 +137,31 @@ class _Gathered(torch.autograd.Function):
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         call.module.query_gradient[(call.chunks, shapes.heads, shapes.batch)](
             **arguments, **_lists(call, 0), p_d_query=d_query,
-            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(sizes_of("query", shapes), shapes),
+            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(call.sizes["query"], shapes),
         )  # fmt: skip
         parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
         parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
         parts |= {f"p_part_u_{n}_{m}": x for (n, m), x in part_u.items()}
-        sizes = sizes_of("key", shapes)
+        sizes = call.sizes["key"]
         call.module.key_gradient[(-(-shapes.kv_len // sizes.keys), shapes.kv_heads, shapes.batch)](
             **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
             **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_constants(sizes, shapes),
         )  # fmt: skip
         found = [_over_heads(d_u[n], call.values[f"u_{n}"]) for n in call.source.gated]
         found += [_over_heads(d_tau[n], call.values[f"tau_{n}"]) for n in call.source.shifted]
-        return None, d_query, d_key, d_value, *found
+        return None, None, d_query, d_key, d_value, *found
+
+
+def _forward(call: GatheredCall, query: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """out, lse, and by query what the softmax is measured against: ``level``, and ``share``, 1 / its sum."""
+    shapes = call.shapes
+    out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
+    lse, level, share = (query.new_empty(out.shape[:3], dtype=torch.float32) for _ in range(3))
+    call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
+        **arguments, **_lists(call, 0), p_out=out, p_lse=lse, p_level=level, p_share=share,
+        **_constants(call.sizes["forward"], shapes),
+    )  # fmt: skip
+    return [out, lse, level, share]
 
 
 def _over_heads(gradient: Tensor, of: Tensor) -> Tensor:
@@ -164,7 +179,7 @@ def _gather_slots(
 ) -> None:
     """The gradients of selected keys from the chunks that gathered them, in spans of chunks that are then joined."""
     shapes, k = call.shapes, call.ks[n]
-    sizes = sizes_of("slot", shapes)
+    sizes = call.sizes["slot"]
     blocks, pairs = -(-k // sizes.keys), shapes.batch * shapes.kv_heads
     spans = max(1, min(call.chunks, _BUSY // (blocks * pairs)))
     span = -(-call.chunks // spans)

@@ -1,15 +1,20 @@
-"""Tile sizes, warps and stages of the kernels that gather: what was fastest on an H200, and what fits elsewhere."""
+"""Tile sizes, warps and stages of the kernels that gather: what `flexsparse tune` found, or was fastest on an H200.
+
+Of the latter the first that fits a GPU's shared memory is taken. Nothing is measured at a call.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
 from flexsparse.errors import BackendError
 from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.tuned import KERNELS, ROWS, Sizes, padded, place_of, tuned_sizes
 from flexsparse.settings import CHUNK
+
+__all__ = ["FEW_FEATURES", "FEW_REGISTERS", "KERNELS", "Sizes", "fitting", "padded", "shared_bytes", "sizes_of"]
 
 # What a kernel takes beside its tiles, bytes.
 _SLACK = 4096
@@ -17,26 +22,12 @@ _SLACK = 4096
 _LEAST_SHARED = 101_376
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """``queries`` of a step where gradients of keys are summed (CHUNK elsewhere), ``keys`` of a tile.
-
-    ``registers`` a thread at most, 0 for as many as the compiler wants.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int = 0
-
-
 # From the fastest on; the first that fits is taken. With few registers three blocks share a multiprocessor rather than
 # two, which pays for rows of up to 128 features.
-_FEW_REGISTERS, _FEW_FEATURES = 168, 128
+FEW_REGISTERS, FEW_FEATURES = 168, 128
 _TRIED = {
     "forward": (
-        *(Sizes(CHUNK, 32, 4, 2, _FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2), Sizes(CHUNK, 64, 4, 1)),
+        *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2), Sizes(CHUNK, 64, 4, 1)),
         *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
     "query": (Sizes(CHUNK, 32, 4, 2), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
@@ -50,37 +41,34 @@ _TRIED_WIDE = {
 }
 
 
-def padded(size: int) -> int:
-    """The power of two, at least 16, in which a row of features is held."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def sizes_of(kernel: str, shapes: Shapes) -> Sizes:
     """The sizes for "forward", "query", "key" or "slot". Raises BackendError where nothing fits the GPU."""
-    limit = _shared_memory(shapes.device)
     tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)[kernel]
-    if max(shapes.head_dim, shapes.value_dim) > _FEW_FEATURES:
+    if max(shapes.head_dim, shapes.value_dim) > FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
-    found = next((sizes for sizes in tried if shared_bytes(kernel, sizes, shapes) <= limit), None)
-    if found is None:
+    tuned = tuned_sizes(place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)).get(kernel)
+    found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes)
+    if not found:
         raise BackendError(
             "backend='gather'",
             got=f"head_dim {shapes.head_dim} and value_dim {shapes.value_dim} in {shapes.dtype}",
-            expected=f"tiles that fit {limit} bytes of shared memory",
+            expected=f"tiles that fit {_shared_memory(shapes.device)} bytes of shared memory",
             mend="Use backend='flex' or a smaller head_dim.",
         )
-    return found
+    return found[0]
 
 
-KERNELS = ("forward", "query", "key", "slot")
-_ROWS = ("forward", "query")
+def fitting(kernel: str, tried: tuple[Sizes, ...], shapes: Shapes) -> list[Sizes]:
+    """Those sizes whose tiles fit the GPU's shared memory."""
+    limit = _shared_memory(shapes.device)
+    return [sizes for sizes in tried if shared_bytes(kernel, sizes, shapes) <= limit]
 
 
 def shared_bytes(kernel: str, sizes: Sizes, shapes: Shapes) -> int:
     """The shared memory of a kernel in bytes: rows that stay, rows that come in ``stages`` buffers, a turned tile."""
     widest = max(padded(shapes.head_dim), padded(shapes.value_dim))
     features = padded(shapes.head_dim) + padded(shapes.value_dim)
-    if kernel in _ROWS:
+    if kernel in ROWS:
         stays = CHUNK * (padded(shapes.head_dim) if kernel == "forward" else features)
         comes, turned = sizes.keys * features, 0
     else:

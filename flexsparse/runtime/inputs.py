@@ -253,6 +253,12 @@ def _tree_walk(name: str, parents: Tensor, shapes: Shapes) -> Tensor:
     """Parents [S] -> where a depth-first walk enters and leaves each token, [2, S] int64."""
     if tuple(parents.shape) != (shapes.kv_len,):
         raise ShapeError(name, got=f"shape {tuple(parents.shape)}", expected=f"[{shapes.kv_len}], a parent a token")
+    return torch.ops.flexsparse.tree_walk(parents, name)
+
+
+@torch.library.custom_op("flexsparse::tree_walk", mutates_args=())
+def _walk_tree(parents: Tensor, name: str) -> Tensor:
+    """``_tree_walk`` of parents that have the right shape; torch.compile does not trace the walk itself."""
     given = parents.tolist()
     for token, parent in enumerate(given):
         if not -1 <= parent < token:
@@ -276,14 +282,19 @@ def _tree_walk(name: str, parents: Tensor, shapes: Shapes) -> Tensor:
     return torch.tensor([enters, leaves], device=parents.device)
 
 
+@_walk_tree.register_fake
+def _walk_tree_shape(parents: Tensor, name: str) -> Tensor:
+    return parents.new_empty(2, parents.shape[0], dtype=torch.int64)
+
+
 def _scores(name: str, scores: Tensor, shapes: Shapes, validate: bool) -> Tensor:
     allowed = dict.fromkeys((1, shapes.kv_heads, shapes.heads))
-    expected = " or ".join(f"[{shapes.batch}, {n}, {shapes.kv_len}]" for n in allowed)
     if scores.dtype not in FLOATS:
         raise DtypeError(name, got=str(scores.dtype), expected="floating point; float32 is best at any length")
     fits = scores.dim() == 3 and scores.shape[1] in allowed
     if not fits or scores.shape[0] != shapes.batch or scores.shape[2] != shapes.kv_len:
         mend = "Scores are one number a key: [B, heads, S]; squeeze a last dimension of 1." if scores.dim() == 4 else ""
+        expected = " or ".join(f"[{shapes.batch}, {n}, {shapes.kv_len}]" for n in allowed)
         raise ShapeError(name, got=f"shape {tuple(scores.shape)}", expected=expected, mend=mend)
     refuse_beyond_keys(shapes)
     if validate and not torch.compiler.is_compiling():

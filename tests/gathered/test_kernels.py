@@ -203,20 +203,3 @@ def test_twenty_steps_of_training_follow_the_oracle() -> None:
                 leaf.data -= 20.0 * step
     assert losses[0][-1] < 0.9 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-# What Dynamo says while it traces a call.
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_torch_compile_runs_around_it() -> None:
-    """The graph breaks at the attention, which runs as it is; what is before and behind it is compiled."""
-    call = call_of(HYBRID, 70, batch=1)
-    attention: Any = fs.compile(HYBRID, backend="gather")
-    leaves = [x.clone().requires_grad_() for x in (call.query, call.key, call.value, call.captured["scores"])]
-
-    def loss(query: Any, key: Any, value: Any, scores: Any) -> Any:
-        return (attention(2.0 * query, key, value, scores=scores) * call.grad_out).sum()
-
-    plain = torch.autograd.grad(loss(*leaves), leaves)
-    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(*leaves), leaves)
-    for one, other in zip(plain, compiled, strict=True):
-        assert torch.equal(one, other)

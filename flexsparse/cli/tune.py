@@ -1,0 +1,132 @@
+"""``flexsparse tune``: the fastest sizes of the kernels that gather on this GPU, kept for later calls."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flexsparse.cli import options as shared
+
+if TYPE_CHECKING:
+    from flexsparse.runtime.inputs import Shapes
+    from flexsparse.tuning import Measure
+
+
+@click.command("tune", short_help="Find the fastest kernel sizes on this GPU, and keep them.")
+@click.option("--head-dim", type=shared.POSITIVE, multiple=True, default=(64, 128), help="May be given several times.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16, float16 (found together) or float32.")
+@click.option("--length", type=shared.POSITIVE, default=16384, show_default=True, help="Queries and keys.")
+@click.option(
+    "--heads", type=shared.POSITIVE, default=16, show_default=True, help="Query heads; --kv-heads divides it."
+)
+@click.option("--kv-heads", type=shared.POSITIVE, default=4, show_default=True, help="Key and value heads.")
+@shared.device_option
+@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write all measurements here.")
+@shared.json_option
+def command(
+    head_dim: tuple[int, ...],
+    dtype: str,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    device: str,
+    out: pathlib.Path | None,
+    as_json: bool,
+) -> None:
+    """Search tile sizes, warps and stages of the kernels that gather, and keep the fastest for this GPU.
+
+    Some minutes a head_dim, most of them spent building kernels. What is found is kept in FLEXSPARSE_CACHE_DIR
+    (default ~/.cache/flexsparse), by GPU, version of triton, width of the dtype and head_dim; later calls read it once
+    a process. Calls never measure anything by themselves. Ctrl-C keeps what was found for each whole head_dim.
+
+    \b
+    Examples:
+      flexsparse tune
+      flexsparse tune --head-dim 128 --dtype bf16 --out sizes.json
+      FLEXSPARSE_CACHE_DIR=/shared/cache flexsparse tune --head-dim 64
+    """
+    from flexsparse import tuning
+    from flexsparse.cli import render
+    from flexsparse.errors import SettingError
+
+    options = {"dtype": dtype, "length": length, "heads": heads, "kv_heads": kv_heads, "device": device}
+    asked = [_shapes({**options, "head_dim": width}) for width in dict.fromkeys(head_dim)]
+    if out and not out.parent.is_dir():
+        raise SettingError("--out", got=str(out), expected="a file in a folder that exists")
+    found = []
+    with render.progress("Tuning", tuning.count(asked)) as advance:
+        for shapes in asked:
+            found.append(_tuned(shapes, _measure(shapes), advance))
+            if out:
+                _write(out, found)
+    if as_json:
+        shared.print_json(found)
+        return
+    render.stdout().print(render.tuned(found))
+
+
+def _shapes(options: dict[str, Any]) -> Shapes:
+    """What is measured. Raises DeviceError without a GPU, BackendError where the kernels take no such call."""
+    from flexsparse.compiler import compile
+    from flexsparse.errors import DeviceError
+    from flexsparse.tuning import PATTERN
+
+    name = options["device"]
+    where = shared.read_device(name)
+    if where.type != "cuda":
+        raise DeviceError(
+            "--device",
+            got=f"{where}, as this machine has no GPU" if name == "auto" else repr(name),
+            expected="a GPU, whose kernels are measured",
+            mend="Run it where the kernels will run; without it they have the sizes that were fastest on an H200.",
+        )
+    attention = compile(PATTERN, backend="gather")
+    shapes: Shapes = shared.bind_from(attention, {**options, "batch": 1, "grad": True}).plan.shapes
+    # A plan names no GPU of several.
+    return replace(shapes, device=where)
+
+
+def _measure(shapes: Shapes) -> Measure:
+    from flexsparse.tuning import measure_on_gpu
+
+    return measure_on_gpu(shapes)
+
+
+def _tuned(shapes: Shapes, measure: Measure, advance: Any) -> dict[str, Any]:
+    """Search and keep; what there is to say about it."""
+    from flexsparse.runtime.tuned import KERNELS, keep_tuned, place_of
+    from flexsparse.tuning import candidates, search
+
+    place = place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)
+    assert place is not None
+    before = {kernel: candidates(kernel, shapes)[0] for kernel in KERNELS}
+    best, trials = search(shapes, measure, advance)
+    try:
+        kept: str | None = str(keep_tuned(place, best))
+    except OSError as error:
+        kept = None
+        click.echo(f"note: not kept, {error}; FLEXSPARSE_CACHE_DIR names another folder.", err=True)
+    took = {(trial.kernel, trial.sizes): trial.milliseconds for trial in trials}
+    kernels = {
+        kernel: {**asdict(sizes), "ms": took[kernel, sizes], "ms_before": took[kernel, before[kernel]]}
+        for kernel, sizes in best.items()
+    }
+    measured = [{"kernel": t.kernel, **asdict(t.sizes), "ms": t.milliseconds} for t in trials]
+    return {"place": asdict(place), "kept": kept, "kernels": kernels, "trials": measured}
+
+
+def _write(path: pathlib.Path, found: list[dict[str, Any]]) -> None:
+    import json
+
+    from flexsparse.errors import SettingError
+    from flexsparse.files import write_whole
+
+    try:
+        write_whole(path, json.dumps(shared.finite(found), indent=1) + "\n")
+    except OSError as error:
+        raise SettingError(
+            "--out", got=f"{path}: {error}", expected="a file in a folder that can be written"
+        ) from error

@@ -1,0 +1,24 @@
+"""Where flexsparse keeps what it makes, and files that other processes find whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+
+
+def cache_home() -> pathlib.Path:
+    """``FLEXSPARSE_CACHE_DIR``, or the user's cache."""
+    return pathlib.Path(os.environ.get("FLEXSPARSE_CACHE_DIR") or pathlib.Path.home() / ".cache" / "flexsparse")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write beside the place and move there, so that nobody reads half a file. Raises OSError and leaves nothing."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=path.suffix, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

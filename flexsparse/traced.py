@@ -1,0 +1,279 @@
+"""A call under torch.compile: the checks and the selections are traced, the attention is one custom operator.
+
+The operator names its pattern by a text, from which another process makes the same pattern again. What it computes,
+forward and backward, is what an eager call computes; tiles are classified when it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexsparse._torch import OUTSIDE_GRAPHS, autograd_inside
+from flexsparse.errors import BackendError, FlexsparseError, GradientError
+from flexsparse.pipeline import Bound, bind_checked, compile_pattern
+from flexsparse.plan import choose
+from flexsparse.runtime.buffers import selection_buffers
+from flexsparse.runtime.inputs import Shapes, check_captured, check_scale, shapes_of, with_values
+
+if TYPE_CHECKING:
+    from flexsparse.compiler import CompiledAttention
+    from flexsparse.expression import Expression
+    from flexsparse.settings import Settings
+
+# The backends that the operator runs; FlexAttention is traced as torch traces it.
+_OPERATED = ("gather", "chunked")
+_ATTENTIONS: dict[str, CompiledAttention] = {}
+
+
+def key_of(expression: Expression, settings: Settings) -> str:
+    """A text from which another process can compile the same: the pattern, its settings, and a digest of both."""
+    fields = {name: getattr(settings, name) for name in ("backend", "deterministic", "block_size")}
+    digest = hashlib.sha256(repr((expression.node, fields)).encode()).hexdigest()[:16]
+    return json.dumps({"pattern": str(expression), **fields, "digest": digest})
+
+
+def remember(key: str, attention: CompiledAttention) -> None:
+    """Keep what a key stands for."""
+    _ATTENTIONS[key] = attention
+
+
+def _attention_of(key: str) -> CompiledAttention:
+    if key not in _ATTENTIONS:
+        from flexsparse.compiler import compile
+
+        fields = json.loads(key)
+        text, digest = fields.pop("pattern"), fields.pop("digest")
+        try:
+            made: CompiledAttention | None = compile(text, **fields)
+        except FlexsparseError:
+            made = None
+        if made is None or json.loads(made.key)["digest"] != digest:
+            raise BackendError(
+                "torch.ops.flexsparse.attend",
+                got=f"the pattern {text}, which was traced in another process",
+                expected="a pattern that its text says completely",
+                mend="Call flexsparse.compile on the pattern in this process first.",
+            )
+        _ATTENTIONS[key] = made
+    return _ATTENTIONS[key]
+
+
+def attend_traced(
+    attention: CompiledAttention,
+    operands: tuple[Tensor, Tensor, Tensor],
+    given: Mapping[str, Tensor | None],
+    scale: float | None,
+    q_offset: int,
+    validate: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """out and lse as ``CompiledAttention.__call__`` gives them; None where the backend is none of the operator's."""
+    shapes = shapes_of(*operands, q_offset)
+    # What a choice is made by is constant in a graph; lengths are not, and count as far as they are equal.
+    lengths = (1, 1) if shapes.q_len == shapes.kv_len else (1, 2)
+    fixed = (shapes.heads, shapes.kv_heads, *lengths, shapes.head_dim, shapes.value_dim)
+    backend = _backend(attention.key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, q_offset)
+    if backend not in _OPERATED:
+        return None
+    program = attention.ir
+    values = {spec.name: spec.value for spec in program.tensors if spec.value is not None}
+    present = values | {name: tensor for name, tensor in given.items() if tensor is not None}
+    captured = check_captured(program, shapes, present, validate=False)
+    selected = selection_buffers(program, captured)
+    tensors = {spec.name: captured[spec.name] for spec in program.tensors} | selected
+    out, lse, *_ = torch.ops.flexsparse.attend(
+        *operands,
+        list(tensors.values()),
+        ",".join(tensors),
+        attention.key,
+        backend,
+        check_scale(scale, shapes.head_dim),
+        q_offset,
+        validate,
+    )
+    return out, lse
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _backend(
+    key: str,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    q_offset: int,
+) -> str:
+    """The backend of a call, chosen while it is traced; "" where the dense oracle takes its place."""
+    attention = _attention_of(key)
+    with_values(attention.pattern.node, {})
+    shapes = Shapes(1, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype, device, q_offset)
+    try:
+        return choose(attention.ir, shapes, attention.settings)[0]
+    except BackendError:
+        if attention.settings.fallback is None:
+            raise
+        return ""
+
+
+def _bound(
+    attention: CompiledAttention,
+    operands: tuple[Tensor, Tensor, Tensor],
+    named: Mapping[str, Tensor],
+    backend: str,
+    q_offset: int,
+    validate: bool,
+) -> Bound:
+    compiled = compile_pattern(attention.pattern.node, q_offset != 0)
+    captured = {spec.name: named[spec.name] for spec in compiled.program.tensors}
+    selected = {name: tensor for name, tensor in named.items() if name not in captured}
+    return bind_checked(
+        compiled,
+        shapes_of(*operands, q_offset),
+        captured,
+        replace(attention.settings, backend=backend),
+        operands=operands[:2],
+        selected=selected,
+        validate=validate,
+    )
+
+
+@torch.library.custom_op("flexsparse::attend", mutates_args=(), **OUTSIDE_GRAPHS)
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: list[Tensor],
+    names: str,
+    pattern: str,
+    backend: str,
+    scale: float,
+    q_offset: int,
+    validate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, and what the backward pass wants besides: level, share, and out and lse without a sink."""
+    attention, operands = _attention_of(pattern), (query, key, value)
+    named = dict(zip(names.split(","), tensors, strict=bool(tensors)))
+    bound = _bound(attention, operands, named, backend, q_offset, validate)
+    kept: list[Tensor] = []
+    out, lse = attention.run_bound(bound, scale, operands, kept=kept)
+    level, share, plain_out, plain_lse = (query.new_empty(0) for _ in range(4))
+    if kept:
+        level, share = kept[2:]
+    if kept and attention.ir.has_sink:
+        plain_out, plain_lse = kept[:2]
+    return out, lse, level, share, plain_out, plain_lse
+
+
+@_attend.register_fake
+def _attend_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: list[Tensor],
+    names: str,
+    pattern: str,
+    backend: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    real = torch.float64 if query.dtype is torch.float64 else torch.float32
+    rows = [query.new_empty(query.shape[:3], dtype=real) for _ in range(3)]
+    none = [query.new_empty(0) for _ in range(4)]
+    if backend != "gather":
+        return (out, rows[0], *none)
+    plain = (torch.empty_like(out), torch.empty_like(rows[0])) if _attention_of(pattern).ir.has_sink else none[:2]
+    return (out, *rows, *plain)
+
+
+@torch.library.custom_op("flexsparse::attend_backward", mutates_args=(), **OUTSIDE_GRAPHS)
+def _attend_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    results: list[Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: list[Tensor],
+    wanted: list[bool],
+    names: str,
+    pattern: str,
+    backend: str,
+    scale: float,
+    q_offset: int,
+) -> list[Tensor]:
+    """The gradients of those of query, key, value and tensors that are wanted."""
+    attention = _attention_of(pattern)
+    out, lse, level, share, plain_out, plain_lse = results
+    kept = [out, lse] if backend == "chunked" else [out, lse, level, share]
+    if backend == "gather" and attention.ir.has_sink:
+        kept[:2] = plain_out, plain_lse
+    leaves = [x.detach().requires_grad_(w) for x, w in zip((query, key, value, *tensors), wanted, strict=True)]
+    operands = (leaves[0], leaves[1], leaves[2])
+    named = dict(zip(names.split(","), leaves[3:], strict=bool(tensors)))
+    with torch.no_grad():
+        detached = {name: x.detach() for name, x in named.items()}
+        bound = _bound(attention, operands, detached, backend, q_offset, False)
+    with autograd_inside():
+        bound = replace(bound, buffers={**bound.buffers, **named})
+        found = attention.run_bound(bound, scale, operands, kept=[x.detach() for x in kept])
+        pairs = [(x, g) for x, g in zip(found, (d_out, d_lse), strict=True) if x.requires_grad]
+        ends, flows = zip(*pairs, strict=True)
+        asked = [x for x, w in zip(leaves, wanted, strict=True) if w]
+        gradients = torch.autograd.grad(ends, asked, flows, allow_unused=True)
+    # An operator may return no tensor twice, and none of its inputs.
+    return [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(asked, gradients, strict=True)]
+
+
+@_attend_backward.register_fake
+def _attend_backward_shapes(
+    d_out: Tensor,
+    d_lse: Tensor,
+    results: list[Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: list[Tensor],
+    wanted: list[bool],
+    *rest: Any,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, w in zip((query, key, value, *tensors), wanted, strict=True) if w]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, tensors, *ctx.settings, _ = inputs
+    ctx.save_for_backward(*output, query, key, value, *tensors)
+
+
+def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor, *_: Any) -> tuple[Any, ...]:
+    results, inputs = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    made = torch.ops.flexsparse.attend_backward(
+        d_out, d_lse, list(results), *inputs[:3], list(inputs[3:]), needs, *ctx.settings
+    )
+    found = iter(made)
+    gradients = [next(found) if wanted else None for wanted in needs]
+    return (*gradients[:3], gradients[3:], *[None] * 6)
+
+
+def _refuse_second(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise GradientError(
+        "attention",
+        got="a second derivative",
+        expected="first derivatives only",
+        mend="Use create_graph=False, or flexsparse.reference, which autograd differentiates.",
+    )
+
+
+_attend.register_autograd(_backward, setup_context=_save)
+_attend_backward.register_autograd(_refuse_second)

@@ -1,0 +1,130 @@
+"""The search behind ``flexsparse tune``: every size of tiles, warps and stages that fits, timed one by one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from flexsparse.codegen.gathered import gathered_source
+from flexsparse.errors import BackendError
+from flexsparse.parser import parse
+from flexsparse.pipeline import bind_call, compile_pattern
+from flexsparse.runtime.chunked import Work
+from flexsparse.runtime.gathered import attend_gathered, make_call
+from flexsparse.runtime.gathered_sizes import FEW_FEATURES, FEW_REGISTERS, KERNELS, Sizes, fitting, sizes_of
+from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.tuned import ROWS
+from flexsparse.settings import CHUNK, Settings
+
+# Milliseconds of the pass that a kernel belongs to, with these sizes for it; inf where it cannot be built.
+Measure = Callable[[str, Sizes], float]
+PATTERN = "sliding_window(512) | sparsek(512, after=512)"
+_REPEATS = 10
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one kernel took with one choice of sizes."""
+
+    kernel: str
+    sizes: Sizes
+    milliseconds: float
+
+
+def candidates(kernel: str, shapes: Shapes) -> list[Sizes]:
+    """What is tried: first the sizes that are used today, then all others that fit the GPU's shared memory."""
+    queries = (CHUNK,) if kernel in ROWS else (16, 32, CHUNK)
+    made = tuple(Sizes(*x) for x in itertools.product(queries, (16, 32, 64, 128), (4, 8), (1, 2, 3)))
+    if kernel in ROWS and max(shapes.head_dim, shapes.value_dim) <= FEW_FEATURES:
+        made += tuple(replace(sizes, registers=FEW_REGISTERS) for sizes in made if sizes.warps == 4)
+    return list(dict.fromkeys((sizes_of(kernel, shapes), *fitting(kernel, made, shapes))))
+
+
+def search(
+    shapes: Shapes, measure: Measure, advance: Callable[[str], None] = lambda text: None
+) -> tuple[dict[str, Sizes], list[Trial]]:
+    """The fastest sizes of each kernel, and all that was measured. ``advance`` is told of each trial.
+
+    Sizes of today win a tie. Raises BackendError where no sizes of a kernel could be measured.
+    """
+    best, trials = {}, []
+    for kernel in KERNELS:
+        mine = []
+        for sizes in candidates(kernel, shapes):
+            mine.append(Trial(kernel, sizes, measure(kernel, sizes)))
+            advance(f"{kernel}, {shapes.head_dim} wide")
+        fastest = min(mine, key=lambda trial: trial.milliseconds)
+        if fastest.milliseconds == float("inf"):
+            raise BackendError(
+                f"the {kernel} kernel",
+                got=f"no sizes of {len(mine)} that could be built for head_dim {shapes.head_dim}",
+                expected="at least one",
+                mend="Look at the error of one: flexsparse check 'sparsek(64)' --device cuda.",
+            )
+        best[kernel] = fastest.sizes
+        trials += mine
+    return best, trials
+
+
+def count(shapes: Iterable[Shapes]) -> int:
+    """How many trials the search makes over these shapes."""
+    return sum(len(candidates(kernel, one)) for one in shapes for kernel in KERNELS)
+
+
+def measure_on_gpu(shapes: Shapes) -> Measure:
+    """Times passes over random operands on ``shapes.device``: forward, or backward for gradient kernels."""
+    program = compile_pattern(parse(PATTERN).node)
+    device, dtype = shapes.device, shapes.dtype
+    lead = {"query": shapes.heads, "key": shapes.kv_heads, "value": shapes.kv_heads}
+    query, key, value = (
+        torch.randn(shapes.batch, n, shapes.q_len, shapes.head_dim, device=device, dtype=dtype, requires_grad=True)
+        for n in lead.values()
+    )
+    scores = torch.randn(shapes.batch, shapes.kv_heads, shapes.q_len, device=device, requires_grad=True)
+    bound = bind_call(program, shapes, {"scores": scores}, Settings(backend="gather"), validate=False)
+    work = Work(shapes, bound.tiles, shapes.head_dim**-0.5, (), {}, program.generated.build)
+    source = gathered_source(program.program, PATTERN)
+    call = make_call(source, work, bound.buffers, program.program.selections)
+    flow = torch.randn(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim, device=device, dtype=dtype)
+
+    ahead = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+
+    def once(kernel: str, sizes: Mapping[str, Sizes]) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        backward = kernel != "forward"
+        if backward:
+            out, _ = attend_gathered(replace(call, sizes=sizes), query, key, value)
+        # The GPU is busy while the host launches, so that the time is that of the kernels.
+        for _ in range(3):
+            ahead @ ahead
+        start.record()
+        if backward:
+            torch.autograd.grad(out, (query, key, value), flow)
+        else:
+            attend_gathered(replace(call, sizes=sizes), query, key, value)
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop)
+
+    def measure(kernel: str, sizes: Sizes) -> float:
+        chosen = {**call.sizes, kernel: sizes}
+        try:
+            once(kernel, chosen)
+        except Exception as error:
+            if not _cannot_build(error):
+                raise
+            return float("inf")
+        return sorted(once(kernel, chosen) for _ in range(_REPEATS))[_REPEATS // 2]
+
+    return measure
+
+
+def _cannot_build(error: Exception) -> bool:
+    """Whether an error says that a kernel with these sizes does not compile or fit, and not something else."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, CompilationError | OutOfResources) or "PassManager" in str(error)

@@ -1,0 +1,159 @@
+"""Sizes that were found on a GPU: searched, kept, shared between processes, and read before the built-in ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flexsparse import files, tuning
+from flexsparse.errors import BackendError, BackendNotice
+from flexsparse.runtime import gathered_sizes, tuned
+from flexsparse.runtime.gathered_sizes import KERNELS, Sizes, sizes_of
+from flexsparse.runtime.inputs import Shapes
+
+PLACE = tuned.Place("NVIDIA H200", "90", "3.6.0", 16, 64, 64)
+SHAPES = Shapes(1, 16, 4, 4096, 4096, 64, 64, torch.bfloat16, torch.device("cuda", 0))
+WIDE = Sizes(64, 128, 8, 3)
+FOUND = {"forward": WIDE, "query": WIDE, "key": Sizes(16, 64, 8, 1), "slot": Sizes(64, 32, 4, 3)}
+
+
+@pytest.fixture(autouse=True)
+def an_h200(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of its own, and a GPU for all that asks for its name and its shared memory."""
+    monkeypatch.setenv("FLEXSPARSE_CACHE_DIR", str(tmp_path))
+
+    def place_of(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> tuned.Place:
+        widths = (tuned.padded(head_dim), tuned.padded(value_dim))
+        return replace(PLACE, bits=8 * dtype.itemsize, head_dim=widths[0], value_dim=widths[1])
+
+    monkeypatch.setattr(gathered_sizes, "place_of", place_of)
+    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 232_448)
+    tuned.tuned_sizes.cache_clear()
+    yield
+    tuned.tuned_sizes.cache_clear()
+
+
+def test_what_was_kept_comes_before_the_table() -> None:
+    before = {kernel: sizes_of(kernel, SHAPES) for kernel in KERNELS}
+    tuned.keep_tuned(PLACE, FOUND)
+    assert {kernel: sizes_of(kernel, SHAPES) for kernel in KERNELS} == FOUND
+    # float16 is as wide as bfloat16, and 50 features are held in 64; other places keep the table's.
+    assert sizes_of("forward", replace(SHAPES, dtype=torch.float16, head_dim=50)) == FOUND["forward"]
+    wider = replace(SHAPES, head_dim=128)
+    assert sizes_of("forward", wider) == before["forward"]
+    assert sizes_of("forward", replace(SHAPES, dtype=torch.float32)) not in (FOUND["forward"], before["forward"])
+
+
+def test_what_does_not_fit_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned.keep_tuned(PLACE, FOUND)
+    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 101_376)
+    assert gathered_sizes.shared_bytes("forward", WIDE, SHAPES) > 101_376
+    assert sizes_of("forward", SHAPES) == gathered_sizes._TRIED["forward"][0]
+    assert sizes_of("key", SHAPES) == FOUND["key"]
+
+
+def test_no_gpu_has_no_place() -> None:
+    tuned.place_of.cache_clear()
+    assert tuned.place_of(torch.device("cpu"), torch.bfloat16, 64, 64) is None
+    assert tuned.tuned_sizes(None) == {}
+
+
+def test_a_file_is_read_once_a_process() -> None:
+    path = tuned.keep_tuned(PLACE, FOUND)
+    assert path.name == "nvidia_h200-sm90-triton3.6.0-16bit-64x64.json"
+    assert sizes_of("slot", SHAPES) == FOUND["slot"]
+    path.unlink()
+    assert sizes_of("slot", SHAPES) == FOUND["slot"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"kernels"', '"kernel"'),
+        ('"keys": 128', '"keys": 100'),
+        ('"keys": 128', '"keys": "128"'),
+        ('"queries": 16', '"queries": 128'),
+        ('"stages": 3', '"stages": 0'),
+        ("NVIDIA H200", "NVIDIA H100"),
+        ("\n}", ""),
+    ],
+)
+def test_a_damaged_file_counts_as_none_and_says_so(old: str, new: str) -> None:
+    table = sizes_of("forward", SHAPES)
+    path = tuned.keep_tuned(PLACE, FOUND)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.warns(BackendNotice, match="is not what `flexsparse tune` writes"):
+        assert sizes_of("forward", SHAPES) == table
+
+
+def test_an_unreadable_cache_is_no_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("FLEXSPARSE_CACHE_DIR", str(blocked))
+    assert sizes_of("forward", SHAPES) == gathered_sizes._TRIED["forward"][0]
+    with pytest.raises(OSError, match="file"):
+        tuned.keep_tuned(PLACE, FOUND)
+
+
+def test_many_writers_leave_one_whole_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "shared.json"
+    texts = [json.dumps([n] * 20_000) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda text: files.write_whole(path, text), texts * 5):
+            assert path.read_text() in texts
+    assert [entry.name for entry in tmp_path.iterdir()] == ["shared.json"]
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "one.json"
+    files.write_whole(path, "old")
+
+    def interrupted(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_a_search_finds_the_fastest_that_can_be_built() -> None:
+    """A made-up GPU: 64 keys and 8 warps are best, three stages cannot be built, and the slots do not care."""
+
+    def measure(kernel: str, sizes: Sizes) -> float:
+        if sizes.stages == 3:
+            return math.inf
+        return 1.0 if kernel == "slot" else abs(sizes.keys - 64) + 8 / sizes.warps + sizes.stages + sizes.queries / 64
+
+    said: list[str] = []
+    best, trials = tuning.search(SHAPES, measure, said.append)
+    assert best["forward"] == best["query"] == Sizes(64, 64, 8, 1)
+    assert best["key"] == Sizes(16, 64, 8, 1)
+    assert best["slot"] == gathered_sizes._TRIED["column"][0], "the sizes of today win a tie"
+    assert len(trials) == len(said) == tuning.count([SHAPES])
+    assert len({(trial.kernel, trial.sizes) for trial in trials}) == len(trials)
+
+
+def test_everything_that_is_tried_fits() -> None:
+    wide = replace(SHAPES, head_dim=256, value_dim=256)
+    for kernel in KERNELS:
+        tried = tuning.candidates(kernel, wide)
+        assert len(tried) < len(tuning.candidates(kernel, SHAPES))
+        assert all(gathered_sizes.shared_bytes(kernel, sizes, wide) <= 232_448 for sizes in tried)
+        assert all(tuned._checked(kernel, sizes) for sizes in tried)
+
+
+def test_a_search_that_builds_nothing_says_so() -> None:
+    with pytest.raises(BackendError, match=r"the forward kernel: got no sizes of .* that could be built"):
+        tuning.search(SHAPES, lambda kernel, sizes: math.inf)
