@@ -9,16 +9,22 @@ import pathlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
 from flexsparse import files, tuning
 from flexsparse.errors import BackendError, BackendNotice
-from flexsparse.runtime import gathered_sizes, tuned
+from flexsparse.runtime import gathered, gathered_sizes, tuned
 from flexsparse.runtime.gathered_sizes import KERNELS, Sizes, sizes_of
 from flexsparse.runtime.inputs import Shapes
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACE = tuned.Place("NVIDIA H200", "90", "3.6.0", 16, 64, 64)
 SHAPES = Shapes(1, 16, 4, 4096, 4096, 64, 64, torch.bfloat16, torch.device("cuda", 0))
 WIDE = Sizes(64, 128, 8, 3)
@@ -157,3 +163,51 @@ def test_everything_that_is_tried_fits() -> None:
 def test_a_search_that_builds_nothing_says_so() -> None:
     with pytest.raises(BackendError, match=r"the forward kernel: got no sizes of .* that could be built"):
         tuning.search(SHAPES, lambda kernel, sizes: math.inf)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter")
+def test_a_measurement_runs_the_kernel_with_the_sizes_in_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with its clock; in the interpreter with one that counts, and sizes that cannot be built are inf."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "Event", _Counting)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(tuning, "_AHEAD", 8)
+    monkeypatch.setattr(tuning, "_REPEATS", 1)
+    ran: list[tuple[int, int]] = []
+    constants = gathered._constants
+
+    def seen(sizes: Sizes, shapes: Shapes) -> Any:
+        ran.append((sizes.queries, sizes.keys))
+        return constants(sizes, shapes)
+
+    monkeypatch.setattr(gathered, "_constants", seen)
+    where = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    measure = tuning.measure_on_gpu(Shapes(1, 2, 1, 70, 70, 16, 16, torch.float16, where, needs_grad=True))
+    assert 0 <= measure("forward", Sizes(64, 32, 4, 1)) < math.inf
+    assert set(ran) == {(64, 32)}
+    assert 0 <= measure("key", Sizes(16, 32, 4, 1)) < math.inf
+    assert (16, 32) in ran
+    ran.clear()
+
+    def refuse(*x: Any) -> Any:
+        raise OutOfResources(2, 1, "shared memory")
+
+    monkeypatch.setattr(gathered, "_forward", refuse)
+    assert measure("forward", Sizes(64, 32, 4, 1)) == math.inf
+
+
+class _Counting:
+    """An event whose time is how many were recorded before it."""
+
+    count = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        _Counting.count += 1
+        self.at = _Counting.count
+
+    def elapsed_time(self, other: _Counting) -> float:
+        return float(other.at - self.at)
