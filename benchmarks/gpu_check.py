@@ -71,17 +71,8 @@ def main() -> int:
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
     options = ["-q", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    tests = run(
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/gpu",
-        "tests/gathered",
-        "tests/codegen/kernels",
-        "-m",
-        "gpu",
-        *options,
-    )
+    folders = ["tests/gpu", "tests/gathered", "tests/gather_flex", "tests/codegen/kernels"]
+    tests = run(sys.executable, "-m", "pytest", *folders, "-m", "gpu", *options)
     demo = run(sys.executable, "-m", "flexsparse", "demo")
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))
     result = {

@@ -146,7 +146,7 @@ def test_a_search_finds_the_fastest_that_can_be_built() -> None:
     best, trials = tuning.search(SHAPES, measure, said.append)
     assert best["forward"] == best["query"] == Sizes(64, 64, 8, 1)
     assert best["key"] == Sizes(16, 64, 8, 1)
-    assert best["slot"] == gathered_sizes._TRIED["column"][0], "the sizes of today win a tie"
+    assert best["slot"] == gathered_sizes._TRIED["slot"][0], "the sizes of today win a tie"
     assert len(trials) == len(said) == tuning.count([SHAPES])
     assert len({(trial.kernel, trial.sizes) for trial in trials}) == len(trials)
 
