@@ -65,15 +65,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="the JSON file to write")
     parser.add_argument("--commit", default="unknown", help="the commit that is measured")
+    folders = ["tests/gpu", "tests/gathered", "tests/gather_flex", "tests/codegen/kernels"]
+    parser.add_argument("--tests", nargs="+", default=folders, metavar="PATH", help="test files or folders")
+    parser.add_argument("--no-demo", action="store_true", help="leave the demo out")
     parser.add_argument("--workers", type=int, default=16, help="test processes; most of the time is compilation")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
     options = ["-q", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    folders = ["tests/gpu", "tests/gathered", "tests/gather_flex", "tests/codegen/kernels"]
-    tests = run(sys.executable, "-m", "pytest", *folders, "-m", "gpu", *options)
-    demo = run(sys.executable, "-m", "flexsparse", "demo")
+    tests = run(sys.executable, "-m", "pytest", *arguments.tests, "-m", "gpu", *options)
+    demo = None if arguments.no_demo else run(sys.executable, "-m", "flexsparse", "demo")
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))
     result = {
         "environment": environment(arguments.commit),
@@ -82,8 +84,9 @@ def main() -> int:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(tests["output"], tests["errors"], demo["output"], demo["errors"], sep="\n")
-    return int(bool(tests["exit_code"] or demo["exit_code"]))
+    ran = [tests] if demo is None else [tests, demo]
+    print(*(part[what] for part in ran for what in ("output", "errors")), sep="\n")
+    return int(any(part["exit_code"] for part in ran))
 
 
 if __name__ == "__main__":

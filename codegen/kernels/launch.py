@@ -6,8 +6,6 @@ than a short kernel runs. Here the numbers themselves, the types and the alignme
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Any
 
 import triton
@@ -17,35 +15,48 @@ from torch import Tensor
 _DIRECT = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
 # Compiled kernels that one kernel keeps; lengths come and go.
 _KEPT = 256
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _compiled: dict[Any, dict[Any, Any]] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], pointers: tuple[Tensor, ...], numbers: tuple[int | float, ...], **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    pointers: tuple[Tensor, ...] = (),
+    numbers: tuple[int | float, ...] = (),
+    /,
+    **named: Any,
 ) -> None:
-    """Run ``kernel``, whose parameters are pointers, then numbers, then constants in the order given here.
+    """Run ``kernel`` with its first parameters in order, pointers before numbers, and the others by name.
 
-    ``constants`` also takes Triton's options, such as ``num_warps``, behind them. The pointers must be on the current
-    CUDA device.
+    ``named`` takes Triton's options too, such as ``num_warps``. The pointers must be on the current CUDA device.
     """
     if not _DIRECT or not isinstance(kernel, triton.runtime.JITFunction):
-        kernel[grid](*pointers, *numbers, **constants)
+        kernel[grid](*pointers, *numbers, **named)
         return
-    addresses = [x.data_ptr() for x in pointers]
-    if functools.reduce(operator.or_, addresses, 0) & 15:
-        kernel[grid](*pointers, *numbers, **constants)
-        return
+    rest = kernel.arg_names[len(pointers) + len(numbers) :]
+    values, kinds, together = [], [], 0
+    for value in (*pointers, *numbers, *[named[name] for name in rest]):
+        if isinstance(value, Tensor):
+            kinds.append(value.dtype)
+            value = value.data_ptr()
+            together |= value
+        else:
+            kinds.append(value)
+        values.append(value)
     known = _compiled.setdefault(kernel.fn, {})
-    types = tuple([x.dtype for x in pointers])
-    key = (pointers[0].get_device(), types, numbers, tuple(constants.values()))
-    found = known.get(key)
-    if found is None:
+    key = (_device(pointers, named), *[named.get(option) for option in _OPTIONS], *kinds)
+    compiled = known.get(key) if together & 15 == 0 else None
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*values)
+        return
+    compiled = kernel[grid](*pointers, *numbers, **named)
+    if together & 15 == 0 and compiled is not None:
         if len(known) >= _KEPT:
             known.clear()
-        compiled = kernel[grid](*pointers, *numbers, **constants)
-        if compiled is not None:
-            names = kernel.arg_names[len(pointers) + len(numbers) :]
-            known[key] = compiled, tuple(constants[name] for name in names)
-        return
-    compiled, values = found
-    compiled[(*grid, 1, 1)[:3]](*addresses, *numbers, *values)
+        known[key] = compiled
+
+
+def _device(pointers: tuple[Tensor, ...], named: dict[str, Any]) -> int:
+    tensor = pointers[0] if pointers else next(x for x in named.values() if isinstance(x, Tensor))
+    return tensor.get_device()

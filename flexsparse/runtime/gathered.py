@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from flexsparse.codegen.block_mask import block_lists
 from flexsparse.codegen.gathered import GatheredSource, load_module
+from flexsparse.codegen.kernels.launch import launch
 from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import slot_table
@@ -109,9 +110,9 @@ class _Gathered(torch.autograd.Function):
         delta = torch.empty_like(level)
         blocks = (-(-shapes.q_len // 32), shapes.heads, shapes.batch)
         strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
-        call.module.row_products[blocks](
-            p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(), p_share=share, p_delta=delta,
-            length=shapes.q_len, heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim),
+        launch(
+            call.module.row_products, blocks, p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(),
+            p_share=share, p_delta=delta, length=shapes.q_len, heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim),
             ROWS=32,
         )  # fmt: skip
         arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
@@ -135,16 +136,17 @@ class _Gathered(torch.autograd.Function):
         for n, part in shares.items():
             _gather_slots(call, n, arguments, part, {m: x for (of, m), x in part_u.items() if of == n})
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        call.module.query_gradient[(call.chunks, shapes.heads, shapes.batch)](
-            **arguments, **_lists(call, 0), p_d_query=d_query,
-            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(call.sizes["query"], shapes),
+        launch(
+            call.module.query_gradient, (call.chunks, shapes.heads, shapes.batch), **arguments, **_lists(call, 0),
+            p_d_query=d_query, **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(call.sizes["query"], shapes),
         )  # fmt: skip
         parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
         parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
         parts |= {f"p_part_u_{n}_{m}": x for (n, m), x in part_u.items()}
         sizes = call.sizes["key"]
-        call.module.key_gradient[(-(-shapes.kv_len // sizes.keys), shapes.kv_heads, shapes.batch)](
-            **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
+        grid = (-(-shapes.kv_len // sizes.keys), shapes.kv_heads, shapes.batch)
+        launch(
+            call.module.key_gradient, grid, **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
             **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_constants(sizes, shapes),
         )  # fmt: skip
         found = [_over_heads(d_u[n], call.values[f"u_{n}"]) for n in call.source.gated]
@@ -157,9 +159,9 @@ def _forward(call: GatheredCall, query: Tensor, arguments: Mapping[str, Any]) ->
     shapes = call.shapes
     out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
     lse, level, share = (query.new_empty(out.shape[:3], dtype=torch.float32) for _ in range(3))
-    call.module.forward[(call.chunks, shapes.heads, shapes.batch)](
-        **arguments, **_lists(call, 0), p_out=out, p_lse=lse, p_level=level, p_share=share,
-        **_constants(call.sizes["forward"], shapes),
+    launch(
+        call.module.forward, (call.chunks, shapes.heads, shapes.batch), **arguments, **_lists(call, 0), p_out=out,
+        p_lse=lse, p_level=level, p_share=share, **_constants(call.sizes["forward"], shapes),
     )  # fmt: skip
     return [out, lse, level, share]
 
@@ -189,11 +191,11 @@ def _gather_slots(
     arguments = {**arguments, f"p_next_{n}": next_changes(arguments[f"p_slots_{n}"], sizes.keys)}
     own = {f"p_part_key_{n}": part[0], f"p_part_value_{n}": part[1], "p_ends": ends, "kv_heads": shapes.kv_heads}
     own |= {"span": span, "SPANS": spans, **{f"p_part_u_{n}_{m}": x for m, x in part_u.items()}}
-    launch = _constants(sizes, shapes)
-    getattr(call.module, f"slot_gradient_{n}")[(blocks, spans, pairs)](**arguments, **own, **launch)
+    constants = _constants(sizes, shapes)
+    launch(getattr(call.module, f"slot_gradient_{n}"), (blocks, spans, pairs), **arguments, **own, **constants)
     if spans > 1:
         forward = {name: x for name, x in arguments.items() if name not in _GRADIENTS}
-        getattr(call.module, f"join_spans_{n}")[(blocks, pairs)](**forward, **own, **launch)
+        launch(getattr(call.module, f"join_spans_{n}"), (blocks, pairs), **forward, **own, **constants)
 
 
 _GRADIENTS = ("p_d_out", "p_level", "p_share", "p_delta", "stride_ob", "stride_oh", "stride_os")
