@@ -112,8 +112,8 @@ class _Gathered(torch.autograd.Function):
         strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
         launch(
             call.module.row_products, blocks, p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(),
-            p_share=share, p_delta=delta, length=shapes.q_len, heads=shapes.heads, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim),
-            ROWS=32,
+            p_share=share, p_delta=delta, length=shapes.q_len, heads=shapes.heads, VALUE_DIM=shapes.value_dim,
+            BLOCK_V=padded(shapes.value_dim), ROWS=32,
         )  # fmt: skip
         arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
         arguments |= {"p_d_out": d_out, "p_level": level, "p_share": share, "p_delta": delta}
@@ -138,7 +138,8 @@ class _Gathered(torch.autograd.Function):
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         launch(
             call.module.query_gradient, (call.chunks, shapes.heads, shapes.batch), **arguments, **_lists(call, 0),
-            p_d_query=d_query, **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(call.sizes["query"], shapes),
+            p_d_query=d_query, **{f"p_d_tau_{n}": d for n, d in d_tau.items()},
+            **_constants(call.sizes["query"], shapes),
         )  # fmt: skip
         parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
         parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
