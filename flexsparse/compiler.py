@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,24 +12,19 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from flexsparse.codegen.flex import opaque_functions
+from flexsparse.backends import BY_FLEX
 from flexsparse.codegen.gathered import can_gather, gathered_source
-from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
+from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
-from flexsparse.pipeline import Bound, bind_call, bind_shapes, classify_tiles, compile_pattern
-from flexsparse.plan import BY_FLEX, OVER_ROWS, Plan
-from flexsparse.runtime.buffers import sequence_dims
-from flexsparse.runtime.chunked import Work, attend_chunked, mass_of_keys
-from flexsparse.runtime.completion import completed, is_carried
-from flexsparse.runtime.flex import Launchers, attend_flex
-from flexsparse.runtime.gathered import attend_gathered, make_call
-from flexsparse.runtime.gathered_flex import RowsCall, attend_rows
+from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern
+from flexsparse.plan import Plan
+from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
 from flexsparse.traced import attend_traced, key_of, remember
@@ -91,6 +85,7 @@ class CompiledAttention:
         self._compiled = compile_pattern(expression.node)
         self._expression = expression
         self._settings = settings
+        self.runner = Runner(expression.node, str(expression), self._compiled.program, settings)
         # The name of this attention in graphs of torch.compile.
         self.key = key_of(expression, settings)
         remember(self.key, self)
@@ -126,7 +121,7 @@ class CompiledAttention:
     def builds(self) -> int:
         """How many FlexAttention kernels this pattern was compiled to so far, under these settings."""
         variants = itertools.product((False, True), BY_FLEX)
-        return sum(_launchers(self._expression.node, self._settings, *v).builds for v in variants)
+        return sum(launchers_of(self._expression.node, self._settings, *v).builds for v in variants)
 
     def __repr__(self) -> str:
         return f"flexsparse.compile({str(self._expression)!r}, backend={self._settings.backend!r})"
@@ -197,7 +192,7 @@ class CompiledAttention:
             self._bound = BoundAttention(self, bound.plan)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":
-                out, lse = self._run(bound, factor, (query, key, value), return_lse)
+                out, lse = self.runner.run(bound, factor, (query, key, value), return_lse)
                 return (out, lse) if return_lse else out
         except BackendError as error:
             if self._settings.fallback is None:
@@ -230,7 +225,7 @@ class CompiledAttention:
         compiled = compile_pattern(self._expression.node, q_offset != 0)
         settings = replace(self._settings, backend="chunked")
         bound = bind_call(compiled, shapes, given, settings, operands=(query, key), validate=validate)
-        work, tensors = self._work(bound, check_scale(scale, shapes.head_dim))
+        work, tensors = self.runner.work_of(bound, check_scale(scale, shapes.head_dim))
         return mass_of_keys(work, query, key, tensors)
 
     def bind(
@@ -353,103 +348,6 @@ class CompiledAttention:
                 "flexsparse runs its exact chunked path on CPU, where FlexAttention cannot train. "
                 "Pass backend='chunked' to choose it without this notice."
             )
-
-    def run_bound(
-        self, bound: Bound, scale: float, operands: tuple[Tensor, Tensor, Tensor], kept: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """out and lse of a bound call; ``kept`` as ``attend_gathered`` and ``attend_chunked`` take it."""
-        return self._run(bound, scale, operands, True, kept)
-
-    def _run(
-        self,
-        bound: Bound,
-        scale: float,
-        operands: tuple[Tensor, Tensor, Tensor],
-        return_lse: bool,
-        kept: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Any]:
-        work, tensors = self._work(bound, scale)
-        if bound.plan.backend == "chunked":
-            return attend_chunked(work, *operands, tensors, kept)
-        if bound.plan.backend == "gather":
-            return self._gather(bound, work, operands, tensors, kept)
-        recomputed = tuple(self._is_recomputed(name, work.shapes.dtype) for name in work.names)
-        offset = work.shapes.q_offset != 0
-        launchers = _launchers(self._expression.node, self._settings, offset, bound.plan.backend)
-        if bound.plan.backend in OVER_ROWS:
-            return self._over_rows(bound, work, launchers, operands, tensors, recomputed, return_lse)
-        return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
-
-    def _work(self, bound: Bound, scale: float) -> tuple[Work, tuple[Tensor, ...]]:
-        """What a bound call computes, and the tensors that its functions read."""
-        generated = compile_pattern(self._expression.node, bound.plan.shapes.q_offset != 0).generated
-        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
-        names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
-        constants = {name: value for name, value in values.items() if name not in names}
-        dims = tuple(sequence_dims(self.ir, name) for name in names)
-        opaque, sink = opaque_functions(self.ir), self.ir.has_sink
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
-        return work, tuple(values[name] for name in names)
-
-    def _gather(
-        self,
-        bound: Bound,
-        work: Work,
-        operands: tuple[Tensor, Tensor, Tensor],
-        tensors: tuple[Tensor, ...],
-        kept: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        shapes = work.shapes
-        source = gathered_source(self.ir, str(self._expression))
-        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.ir.selections), *operands, kept)
-        learned = set(self.ir.learnable) - self.ir.sink_only
-        # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
-        recomputed = tuple(
-            name in learned or (name in self.ir.sink_only and self._is_recomputed(name, shapes.dtype))
-            for name in work.names
-        )
-        if is_carried(tensors, recomputed):
-            # The chunked path reads the tiles of the whole mask, and not of what is near alone.
-            work = replace(work, tiles=classify_tiles(self.ir, shapes, self._settings, bound.buffers))
-        return completed(work, operands, tensors, recomputed, out, lse)
-
-    def _over_rows(
-        self,
-        bound: Bound,
-        work: Work,
-        launchers: Launchers,
-        operands: tuple[Tensor, Tensor, Tensor],
-        tensors: tuple[Tensor, ...],
-        recomputed: tuple[bool, ...],
-        return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        shapes, carried = work.shapes, is_carried(tensors, recomputed)
-        rows = rows_of(self.ir.selections, shapes.kv_len, self._settings.block_size)
-        call = RowsCall(rows, self._compiled.rows, bound.buffers)
-        outside = tuple(t.detach() if r else t for t, r in zip(tensors, recomputed, strict=True))
-        wanted = return_lse or carried or work.sink
-        out, lse = attend_rows(call, work, launchers, operands, outside, needs_lse=wanted)
-        if lse is None:
-            return out, lse
-        if carried:
-            # The chunked path reads the tiles of keys, and not those of rows.
-            work = replace(work, tiles=classify_tiles(self.ir, shapes, self._settings, bound.buffers))
-        return completed(work, operands, tensors, recomputed, out, lse)
-
-    def _is_recomputed(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether a tensor's gradient comes from the chunked path rather than from FlexAttention."""
-        deterministic = self._settings.deterministic
-        if name in self.ir.sink_only:
-            # A sink's gradient is a plain sum, over the rounding of lse for all queries; float32 shows it.
-            return deterministic is not False and dtype is torch.float32
-        return deterministic is not False and (deterministic is True or name in self.ir.learnable)
-
-
-@functools.lru_cache(maxsize=256)
-def _launchers(pattern: Any, settings: Settings, offset: bool, backend: str) -> Launchers:
-    # The pattern and the form are part of the key: each kind of function gets launchers of its own.
-    digest = hashlib.sha256(repr((pattern, settings, offset, backend)).encode()).hexdigest()[:16]
-    return Launchers(digest, settings, backend)
 
 
 def _watched(lengths: Sequence[int], what: str, progress: bool) -> Iterator[int]:

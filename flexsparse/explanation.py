@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flexsparse.backends import BY_FLEX
 from flexsparse.cost import Cost, predict
 from flexsparse.hardware import Hardware
 from flexsparse.ir.program import Program
-from flexsparse.plan import BY_FLEX, Plan, TileCounts
+from flexsparse.plan import Plan, TileCounts
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import Tiles, classify
+from flexsparse.backends import OVER_ROWS
 from flexsparse.codegen.flex import Generated, generate
 from flexsparse.codegen.gathered import near_mask
 from flexsparse.codegen.gathering.rows import Rows, program_of_rows, rows_of, with_rows
@@ -19,7 +20,7 @@ from flexsparse.ir.nodes import Load, Node, Opaque, walk
 from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
-from flexsparse.plan import OVER_ROWS, Plan, choose, make_plan
+from flexsparse.plan import Plan, choose, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured
 from flexsparse.runtime.tile_cache import TileCache

@@ -166,7 +166,7 @@ def _attend(
     named = dict(zip(names.split(","), tensors, strict=bool(tensors)))
     bound = _bound(attention, operands, named, backend, q_offset, validate)
     kept: list[Tensor] = []
-    out, lse = attention.run_bound(bound, scale, operands, kept=kept)
+    out, lse = attention.runner.run(bound, scale, operands, True, kept)
     level, share, plain_out, plain_lse = (query.new_empty(0) for _ in range(4))
     if kept:
         level, share = kept[2:]
@@ -226,7 +226,7 @@ def _attend_backward(
         bound = _bound(attention, operands, detached, backend, q_offset, False)
     with autograd_inside():
         bound = replace(bound, buffers={**bound.buffers, **named})
-        found = attention.run_bound(bound, scale, operands, kept=[x.detach() for x in kept])
+        found = attention.runner.run(bound, scale, operands, True, [x.detach() for x in kept])
         pairs = [(x, g) for x, g in zip(found, (d_out, d_lse), strict=True) if x.requires_grad]
         ends, flows = zip(*pairs, strict=True)
         asked = [x for x, w in zip(leaves, wanted, strict=True) if w]

@@ -27,11 +27,11 @@ LEVELS = (
     ("trace",),
     ("analysis",),
     ("codegen",),
-    ("settings", "runtime", "plan"),
+    ("settings", "runtime", "backends", "plan"),
     ("cost",),
     ("explanation",),
     ("pipeline",),
-    ("compiler", "traced", "block_masks", "tolerance", "measurement", "tuning"),
+    ("compiler", "execution", "traced", "block_masks", "tolerance", "measurement", "tuning"),
     ("nn",),
 )
 LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}

@@ -10,8 +10,8 @@ import torch
 import flexsparse as fs
 from flexsparse import _torch
 from flexsparse.codegen.gathering.rows import program_of_rows
-from flexsparse.compiler import _launchers
 from flexsparse.errors import BackendError, DeviceError
+from flexsparse.execution import launchers_of
 from flexsparse.ir.program import program_text
 
 HYBRID = "sliding_window(512) | sparsek(512, after=512)"
@@ -124,7 +124,7 @@ def test_functions_of_rows_can_be_read() -> None:
 def test_what_cannot_be_built_names_the_backend() -> None:
     query = torch.randn(1, 1, 40, 16)
     attention: Any = fs.compile("sparsek(3, gate='k')", backend="gather_flex_eager", recompile_budget=3)
-    launchers = _launchers(fs.parse("sparsek(3, gate='k')").node, attention._settings, False, "gather_flex_eager")
+    launchers = launchers_of(fs.parse("sparsek(3, gate='k')").node, attention._settings, False, "gather_flex_eager")
     launchers.plain.run = _refusing
     with pytest.raises(BackendError) as caught:
         attention(query, query, query, scores=torch.randn(1, 1, 40))

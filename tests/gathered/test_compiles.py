@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 import flexsparse as fs
-from flexsparse import plan
+from flexsparse import backends
 from flexsparse.runtime import gathered_sizes
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.verdict import Verdict
@@ -23,7 +23,7 @@ from tests.cross_compiling import ATOMIC, CrossCompiler
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CrossCompiler:
     made = CrossCompiler(request.param)
     monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: made(kernel, grid))
-    monkeypatch.setitem(plan._VERDICTS, "gather", lambda program, shapes: Verdict(True, "compiled, not run"))
+    monkeypatch.setitem(backends.VERDICTS, "gather", lambda program, shapes: Verdict(True, "compiled, not run"))
     # Nothing is launched, so nothing is written: results must be finite.
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     monkeypatch.setattr(
