@@ -31,6 +31,7 @@ from flexsparse.ir.derivative import derivative
 from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
 from flexsparse.ir.program import Gate, Program, Selected
 from flexsparse.ir.simplify import simplify
+from flexsparse.ir.text import text
 
 _ONE = Constant(1.0)
 _GATES = {
@@ -247,8 +248,15 @@ class _Printer:
         return lines
 
 
+def _title(program: Program) -> str:
+    """What the kernels are for, without numbers that they take at the call: one text serves every k."""
+    count = len(program.selections)
+    near = text(near_mask(program))
+    return f"{'One selection' if count == 1 else f'{count} selections'} beside {near}, score {text(program.score)}"
+
+
 @functools.lru_cache(maxsize=256)
-def gathered_source(program: Program, title: str) -> GatheredSource:
+def gathered_source(program: Program) -> GatheredSource:
     """The kernels of a program with at least one selection and nothing that the text cannot say."""
     parts, printer = _parts(program), _Printer(program)
     gated = sorted({gate.number for part in parts.values() for gate in part.gates})
@@ -265,7 +273,7 @@ def gathered_source(program: Program, title: str) -> GatheredSource:
     names = dict.fromkeys(n.tensor for e in program.expressions.values() for n in walk(e) if isinstance(n, Load))
     captured = tuple((spec.name, len(spec.dims)) for spec in names if spec.name not in program.sink_only)
     text = module_text(
-        title, blocks, captured, tuple(printer.text.numbers), len(program.selections), slot_gates, shifted
+        _title(program), blocks, captured, tuple(printer.text.numbers), len(program.selections), slot_gates, shifted
     )
     return GatheredSource(text, captured, dict(printer.text.numbers), tuple(gated), slot_gates, tuple(shifted))
 

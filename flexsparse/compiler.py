@@ -85,7 +85,7 @@ class CompiledAttention:
         self._compiled = compile_pattern(expression.node)
         self._expression = expression
         self._settings = settings
-        self.runner = Runner(expression.node, str(expression), self._compiled.program, settings)
+        self.runner = Runner(expression.node, self._compiled.program, settings)
         # The name of this attention in graphs of torch.compile.
         self.key = key_of(expression, settings)
         remember(self.key, self)
@@ -329,7 +329,7 @@ class CompiledAttention:
         if stage == "kernels":
             if not can_gather(self.ir):
                 return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
-            return gathered_source(self.ir, str(self._expression)).text
+            return gathered_source(self.ir).text
         return self._compiled.generated.function_source(stage)
 
     def _last(self) -> BoundAttention:

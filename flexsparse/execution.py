@@ -28,10 +28,9 @@ from flexsparse.settings import Settings
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the bound calls of one pattern; ``text`` names it in generated kernels."""
+    """Runs the bound calls of one pattern."""
 
     node: Node
-    text: str
     program: Program
     settings: Settings
 
@@ -76,7 +75,7 @@ class Runner:
         kept: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         shapes = work.shapes
-        source = gathered_source(self.program, self.text)
+        source = gathered_source(self.program)
         out, lse = attend_gathered(make_call(source, work, bound.buffers, self.program.selections), *operands, kept)
         learned = set(self.program.learnable) - self.program.sink_only
         # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
-from flexsparse.errors import ExpressionError, TruthValueError
+from flexsparse.errors import ExpressionError, PatternArgumentError, TruthValueError
+from flexsparse.ir.budgets import with_budget
 from flexsparse.ir.nodes import (
     Apply,
     Constant,
@@ -18,6 +19,7 @@ from flexsparse.ir.nodes import (
     depends_on,
     is_plain,
     mentions,
+    walk,
 )
 from flexsparse.ir.sinks import sink_of
 from flexsparse.ir.text import kind_text, text
@@ -213,6 +215,20 @@ class Pattern(Expression):
         sunk = Sunk(self._node, node)
         sink_of(sunk)
         return pattern_of(sunk)
+
+    def with_k(self, k: int, scores: str | None = None) -> Pattern:
+        """The same pattern whose selections choose ``k`` keys each; with ``scores``, those by that tensor alone.
+
+        For a budget that changes while training: on a GPU the kernels that gather take k as a number, so nothing is
+        compiled again. Raises PatternArgumentError for k < 1, and ExpressionError where nothing is selected so.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise PatternArgumentError("with_k(k)", got=repr(k), expected="an integer of at least 1")
+        if not any(isinstance(n, SelectionNode) and scores in (None, n.scores) for n in walk(self._node)):
+            by = "" if scores is None else f" by {scores!r}"
+            expected = f"a pattern with a selection{by}, such as sparsek({k})"
+            raise ExpressionError("with_k", got=text(self._node), expected=expected)
+        return pattern_of(with_budget(self._node, k, scores))
 
     def to_flex(self, **options: Any) -> tuple[Any, Any]:
         """(mask_mod, score_mod) for plain flex_attention; options as in ``flexsparse.trace.to_flex``."""

@@ -88,7 +88,7 @@ def measure_on_gpu(shapes: Shapes) -> Measure:
     scores = torch.randn(shapes.batch, shapes.kv_heads, shapes.q_len, device=device, requires_grad=True)
     bound = bind_call(program, shapes, {"scores": scores}, Settings(backend="gather"), validate=False)
     work = Work(shapes, bound.tiles, shapes.head_dim**-0.5, (), {}, program.generated.build)
-    source = gathered_source(program.program, PATTERN)
+    source = gathered_source(program.program)
     call = make_call(source, work, bound.buffers, program.program.selections)
     flow = torch.randn(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim, device=device, dtype=dtype)
 

@@ -331,6 +331,7 @@ d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
                 ["SPANS"],
             )
         )
-    about = f'"""{title}: kernels that gather, as flexsparse generated them."""'
+    lines = textwrap.wrap(f'"""{title}: kernels that gather, as flexsparse generated them.', 118)
+    about = "\n".join(lines) + '\n"""'
     head = f"{about}\n\nimport triton\nimport triton.language as tl\n"
     return head + _HELPERS + "".join(f"\n\n{text}" for text in kernels)

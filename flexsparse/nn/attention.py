@@ -141,6 +141,14 @@ class SparseKAttention(nn.Module):
             out = self.attention(query, key, value, scale=self.scale, validate=self.validate, **given)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def set_k(self, k: int) -> None:
+        """Let the module's selections choose k keys from now on; parameters and the position slope stay as they are.
+
+        On a GPU nothing is compiled for it. Raises PatternArgumentError for k < 1.
+        """
+        self.pattern = self.pattern.with_k(k, "scores")
+        self._compile()
+
     @torch.no_grad()
     def diagnose(self, x: Tensor, *, positions: Tensor | None = None, **captured: Tensor) -> SelectionDiagnostics:
         """What the selection does on x, without running the attention: see ``SelectionDiagnostics``.

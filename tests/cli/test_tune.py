@@ -52,7 +52,7 @@ def test_it_keeps_what_it_finds(a_gpu: pathlib.Path, invoke: Invoke, monkeypatch
     assert "\x1b" not in answer.out
     (file,) = (a_gpu / "tuned").iterdir()
     kernels = json.loads(file.read_text())["kernels"]
-    assert kernels["forward"] == {"queries": 64, "keys": 32, "warps": 4, "stages": 1}
+    assert kernels["forward"] == {"queries": 64, "keys": 32, "warps": 4, "stages": 1, "registers": 0}
     shapes = tune._shapes({"dtype": "bf16", "length": 9, "heads": 1, "kv_heads": 1, "head_dim": 64, "device": "cuda"})
     assert gathered_sizes.sizes_of("forward", shapes) == Sizes(64, 32, 4, 1)
 

@@ -115,7 +115,12 @@ def test_a_module_is_kept_once_and_elsewhere_where_the_cache_is_read_only(
     assert elsewhere.read_text() == "x = 1\n"
 
 
-def test_one_pattern_gives_one_source() -> None:
+def test_one_text_serves_every_k() -> None:
     program = fs.compile(HYBRID).ir
-    assert source.gathered_source(program, HYBRID).text == source.gathered_source(program, HYBRID).text
-    assert "tl.atomic" not in source.gathered_source(program, HYBRID).text
+    assert "tl.atomic" not in source.gathered_source(program).text
+    other = fs.compile(fs.compile(HYBRID).pattern.with_k(96)).ir
+    assert other.selections[0].k == 96
+    assert source.gathered_source(other).text == source.gathered_source(program).text
+    assert source.gathered_source(fs.compile(HYBRID.replace("window(512)", "window(500)")).ir).text != (
+        source.gathered_source(program).text
+    )

@@ -337,3 +337,15 @@ def test_the_scorer_learns_to_keep_what_is_asked_for() -> None:
         optimizer.step()
     assert loss.item() < 0.01
     assert fs.ops.causal_topk(module.scorer(x), 2, 2).death[0, 0, 3] == 24
+
+
+def test_k_may_change_while_training() -> None:
+    torch.manual_seed(0)
+    layer = fs.nn.SparseKAttention(16, heads=2, k=3, window=4, backend="chunked")
+    other = fs.nn.SparseKAttention(16, heads=2, k=6, window=4, backend="chunked", position_slope=1 / 6)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 40, 16)
+    assert not torch.equal(layer(x), other(x))
+    layer.set_k(6)
+    assert layer.selection.k == 6
+    assert torch.equal(layer(x), other(x))
