@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -29,8 +30,13 @@ def launch(
 ) -> None:
     """Run ``kernel`` with its first parameters in order, pointers before numbers, and the others by name.
 
-    ``named`` takes Triton's options too, such as ``num_warps``. The pointers must be on the current CUDA device.
+    ``named`` takes Triton's options too, such as ``num_warps``. It runs on the pointers' device, current or not.
     """
+    device = _device(pointers, named)
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, pointers, numbers, **named)
+        return
     if not _DIRECT or not isinstance(kernel, triton.runtime.JITFunction):
         kernel[grid](*pointers, *numbers, **named)
         return
@@ -45,7 +51,7 @@ def launch(
             kinds.append(value)
         values.append(value)
     known = _compiled.setdefault(kernel.fn, {})
-    key = (_device(pointers, named), *[named.get(option) for option in _OPTIONS], *kinds)
+    key = (device, *[named.get(option) for option in _OPTIONS], *kinds)
     compiled = known.get(key) if together & 15 == 0 else None
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*values)
