@@ -164,6 +164,11 @@ def _notes(
         )
         if shapes.needs_grad:
             notes.append("All gradients are summed in a fixed order, without atomics: bit-identical between runs.")
+            learned = [name for name in program.learnable if name not in program.sink_only]
+            if learned:
+                notes.append(
+                    f"Gradients of {', '.join(learned)}: recomputed by PyTorch operations, which is slow at length."
+                )
     if chosen in OVER_ROWS:
         notes += _row_notes(program, shapes, settings)
     if chosen == "flex" and settings.backend == "auto" and program.selections and not unfit_for_rows(program, shapes):

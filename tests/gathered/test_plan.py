@@ -28,6 +28,14 @@ def test_auto_gathers_on_a_gpu_where_keys_are_selected() -> None:
     assert fs.compile(HYBRID, backend="flex").bind(**ON_GPU).plan.backend == "flex"
 
 
+def test_a_plan_says_what_is_slow() -> None:
+    slow = "Gradients of bias: recomputed by PyTorch operations"
+    learned = fs.compile(f"({HYBRID}) + relative_bias(64)").bind(**ON_GPU, needs_grad=True).plan
+    assert any(note.startswith(slow) for note in learned.notes)
+    assert not any(slow in note for note in fs.compile(HYBRID).bind(**ON_GPU, needs_grad=True).plan.notes)
+    assert not any(slow in note for note in fs.compile(f"({HYBRID}) + relative_bias(64)").bind(**ON_GPU).plan.notes)
+
+
 def test_a_plan_counts_the_tiles_that_are_near_and_the_keys_that_are_gathered() -> None:
     plan = fs.compile(HYBRID).bind(**ON_GPU).plan
     near = fs.compile("sliding_window(512)", block_size=64).bind(**ON_GPU).plan
