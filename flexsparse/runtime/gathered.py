@@ -49,6 +49,10 @@ class GatheredCall:
     def chunks(self) -> int:
         return -(-self.shapes.q_len // CHUNK)
 
+    def sizes(self, kernel: str) -> Sizes:
+        """The sizes of one of the kernels on the device of the call."""
+        return sizes_of(kernel, self.shapes)
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_gathered(call: GatheredCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,9 +74,14 @@ def make_call(
     source: GatheredSource, work: Work, values: Mapping[str, Any], selections: tuple[SelectionNode, ...]
 ) -> GatheredCall:
     """The call of ``work``, whose tiles are those of the near mask in tiles of CHUNK."""
-    size = work.shapes.kv_len
-    ks, afters = tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
+    ks, afters = call_sizes(selections, work.shapes)
     return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters)
+
+
+def call_sizes(selections: tuple[SelectionNode, ...], shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``k`` and ``after`` of each selection, no greater than the sequence is long."""
+    size = shapes.kv_len
+    return tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
 
 
 class _Gathered(torch.autograd.Function):
@@ -91,7 +100,7 @@ class _Gathered(torch.autograd.Function):
             p_lse=lse,
             p_level=level,
             p_share=share,
-            **_constants(sizes_of("forward", shapes), shapes),
+            **_constants(call.sizes("forward"), shapes),
         )
         ctx.save_for_backward(query, key, value, out, level, share, *scores)
         ctx.call, ctx.tables = call, {n: arguments[f"p_slots_{n}"] for n in range(len(call.ks))}
@@ -134,12 +143,12 @@ class _Gathered(torch.autograd.Function):
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         call.module.query_gradient[(call.chunks, shapes.heads, shapes.batch)](
             **arguments, **_lists(call, 0), p_d_query=d_query,
-            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(sizes_of("query", shapes), shapes),
+            **{f"p_d_tau_{n}": d for n, d in d_tau.items()}, **_constants(call.sizes("query"), shapes),
         )  # fmt: skip
         parts = {f"p_part_key_{n}": part[0] for n, part in shares.items()}
         parts |= {f"p_part_value_{n}": part[1] for n, part in shares.items()}
         parts |= {f"p_part_u_{n}_{m}": x for (n, m), x in part_u.items()}
-        sizes = sizes_of("key", shapes)
+        sizes = call.sizes("key")
         call.module.key_gradient[(-(-shapes.kv_len // sizes.keys), shapes.kv_heads, shapes.batch)](
             **arguments, **_lists(call, 4), **parts, p_d_key=d_key, p_d_value=d_value,
             **{f"p_d_u_{n}": d for n, d in d_u.items()}, **_constants(sizes, shapes),
@@ -164,7 +173,7 @@ def _gather_slots(
 ) -> None:
     """The gradients of selected keys from the chunks that gathered them, in spans of chunks that are then joined."""
     shapes, k = call.shapes, call.ks[n]
-    sizes = sizes_of("slot", shapes)
+    sizes = call.sizes("slot")
     blocks, pairs = -(-k // sizes.keys), shapes.batch * shapes.kv_heads
     spans = max(1, min(call.chunks, _BUSY // (blocks * pairs)))
     span = -(-call.chunks // spans)

@@ -55,9 +55,12 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def sizes_of(kernel: str, shapes: Shapes) -> Sizes:
-    """The sizes for "forward", "query", "key" or "slot". Raises BackendError where nothing fits the GPU."""
-    limit = _shared_memory(shapes.device)
+def sizes_of(kernel: str, shapes: Shapes, limit: int | None = None) -> Sizes:
+    """The sizes for "forward", "query", "key" or "slot". Raises BackendError where nothing fits the GPU.
+
+    ``limit`` is the shared memory of a block in bytes; None for that of the device.
+    """
+    limit = _shared_memory(shapes.device) if limit is None else limit
     tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)[kernel]
     if max(shapes.head_dim, shapes.value_dim) > _FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
