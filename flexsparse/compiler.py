@@ -277,12 +277,15 @@ class CompiledAttention:
         """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels" or "plan".
 
         "rows" is the module of backend="gather_flex", whose functions take rows in place of keys; "kernels" the Triton
-        module of backend="gather"; "plan" wants shapes, by a call or ``bind``. So do the stages of the attention
-        kernels that a GPU would run, for ``target`` ("sm_80", "sm_90", "sm_100" or "gfx942"), which need none:
-        "triton" and "triton-backward" are their source with what they are launched with, "ttir", "ttgir", "llvm",
-        "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's compiler, and "resources" a table of registers,
-        spills, shared memory, occupancy and instructions. Where the shapes want gradients, the last seven have the
-        backward kernels as well. Raises SettingError, NotBoundError, and BackendError where the compiler refuses.
+        module of backend="gather" for any shapes; "plan" wants shapes, by a call or ``bind``.
+
+        So do the stages of the attention kernels that a GPU would run: for ``target`` ("sm_80", "sm_90", "sm_100", or
+        for kernels that gather "gfx942"), which need not be there. "graph" is the call of FlexAttention as Dynamo
+        captures it on a CPU; "triton" and "triton-backward" are the kernels' source, ours or Inductor's, with what
+        they are launched with; "ttir", "ttgir", "llvm", "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's
+        compiler, and "resources" a table of registers, spills, shared memory, occupancy and instructions. Where the
+        shapes want gradients, the last seven have the backward kernels as well.
+        Raises SettingError, NotBoundError, and BackendError where there are no such kernels or a compiler refuses.
         """
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)

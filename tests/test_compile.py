@@ -84,7 +84,7 @@ def test_unknown_stage_is_refused() -> None:
         fs.compile("causal").code("scoremod")
     assert str(caught.value) == (
         "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', "
-        "'plan', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', 'sass', 'amdgcn', 'resources'. "
+        "'plan', 'graph', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', 'sass', 'amdgcn', 'resources'. "
         "Did you mean 'score_mod'?"
     )
 

@@ -28,8 +28,8 @@ _TABLES = ("plan", "resources")
     "--stage",
     default="source",
     show_default=True,
-    help="expr, ir, source, mask_mod, score_mod, rows, kernels, plan, triton, triton-backward, ttir, ttgir, llvm, "
-    "ptx, sass, amdgcn or resources.",
+    help="expr, ir, source, mask_mod, score_mod, rows, kernels, plan, graph, triton, triton-backward, ttir, ttgir, "
+    "llvm, ptx, sass, amdgcn or resources.",
 )
 @click.option("--target", default="sm_90", show_default=True, help="sm_80, sm_90, sm_100 or gfx942; no GPU is needed.")
 @click.option("--out", metavar="FILE", help="Write the text there, whole or not at all.")
@@ -42,9 +42,10 @@ def command(
     """Print one stage: the expression, its IR, the generated functions, kernels, what a compiler makes of them, a plan.
 
     "rows" are the functions of --backend gather_flex, over keys and copies of selected ones, and "kernels" our Triton
-    module for any shapes. From "triton" on it is about the attention kernels that a call on --target would launch:
-    their source, then the texts of Triton's compiler, which --grad extends to the backward pass, and "resources", a
-    table of registers, spills, shared memory, occupancy and instructions. --device is for --stage plan.
+    module for any shapes. From "graph" on it is about the attention kernels that a call on --target would launch, ours
+    or those of FlexAttention: the graph that is captured, their source, the texts of Triton's compiler, which --grad
+    extends to the backward pass, and "resources", a table of registers, spills, shared memory, occupancy and
+    instructions. --device is for --stage plan.
 
     In a pipe the output is the text of the stage and nothing else.
 
@@ -53,6 +54,7 @@ def command(
       flexsparse code "causal() & sliding_window(512)"
       flexsparse code "sparsek(64)" --stage ir
       flexsparse code "full() + alibi()" --stage score_mod > score_mod.py
+      flexsparse code "causal() & sliding_window(512)" --stage triton
       flexsparse code "sparsek_window(512, 512)" --stage resources --grad
       flexsparse code "sparsek_window(512, 512)" --stage ptx --target sm_80 --head-dim 128 --out forward.ptx
     """

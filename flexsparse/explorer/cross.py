@@ -88,7 +88,7 @@ def _check_version(target: Target) -> None:
 
 
 def _result(kernel: Kernel, path: pathlib.Path, target: Target, code: int) -> CompiledKernel:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": _ended(code)}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": ended(code)}
     if "error" in found:
         said = path.with_suffix(".err")
         why = _reason(said.read_text(errors="replace")) if said.exists() else ""
@@ -102,7 +102,8 @@ def _result(kernel: Kernel, path: pathlib.Path, target: Target, code: int) -> Co
     return CompiledKernel(kernel, texts, found["shared"], found["report"])
 
 
-def _ended(code: int) -> str:
+def ended(code: int) -> str:
+    """How a process of the compiler ended, in words."""
     return f"its compiler was ended by signal {-code}" if code < 0 else f"its compiler ended with code {code}"
 
 

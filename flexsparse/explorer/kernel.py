@@ -19,6 +19,7 @@ class Kernel:
 
     ``signature``: the type of each argument, such as "*bf16", "i32" or "constexpr"; ``constants``: the values of the
     last; ``aligned``: the arguments that are multiples of 16; ``options``: num_warps, num_stages and the like.
+    ``fixed`` says that all this is known before the launch; Triton's compiler wants it.
     """
 
     name: str
@@ -28,10 +29,13 @@ class Kernel:
     aligned: tuple[str, ...]
     options: dict[str, int]
     backward: bool = False
+    fixed: bool = True
 
     @property
-    def constants_text(self) -> str:
+    def launch(self) -> str:
         """The options and constants of the launch, for a comment."""
+        if not self.fixed:
+            return "block sizes are chosen on the GPU"
         return ", ".join(f"{name}={value!r}" for name, value in (self.options | self.constants).items())
 
 
@@ -64,6 +68,6 @@ def source_of(kernels: Collection[Kernel]) -> str:
         modules.setdefault(kernel.module, []).append(kernel)
     texts = []
     for module, own in modules.items():
-        launches = [textwrap.fill(f"{k.name}: {k.constants_text}", **_COMMENT) for k in own]
+        launches = [textwrap.fill(f"{k.name}: {k.launch}", **_COMMENT) for k in own]
         texts.append("\n".join(launches) + "\n\n" + only(module, {k.name for k in own}))
     return "\n\n".join(texts)

@@ -10,6 +10,7 @@ import torch
 from flexsparse.codegen.gathered import gathered_source
 from flexsparse.errors import BackendError, SettingError
 from flexsparse.explorer.cross import compile_kernels
+from flexsparse.explorer.flex import flex_graphs, flex_kernels
 from flexsparse.explorer.kernel import Kernel, source_of
 from flexsparse.explorer.resources import Resources, resources_of, table
 from flexsparse.explorer.targets import Target, find_target
@@ -20,27 +21,43 @@ from flexsparse.settings import Settings
 
 SOURCES = ("triton", "triton-backward")
 COMPILED = ("ttir", "ttgir", "llvm", "ptx", "sass", "amdgcn")
-KERNEL_STAGES = (*SOURCES, *COMPILED, "resources")
+KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources")
+_BY_FLEX = ("flex", "gather_flex")
 _ELSEWHERE = {"ptx": "amdgcn", "sass": "amdgcn", "amdgcn": "ptx"}
 
 
 def kernel_code(compiled: Compiled, settings: Settings, shapes: Shapes, stage: str, target_name: str) -> str:
     """The text of one of ``KERNEL_STAGES`` for the backend that would run on ``target_name``.
 
-    "triton-backward" has the kernels of the backward pass; the stages after it have those as well where ``shapes``
-    wants gradients. Raises SettingError, BackendError or DeviceError.
+    "graph" is what FlexAttention's compiler starts from, as captured on a CPU. "triton-backward" has the kernels of the
+    backward pass; the stages after it have those as well where ``shapes`` wants gradients. Kernels whose block sizes
+    are chosen on a GPU have a source and nothing further. Raises SettingError, BackendError or DeviceError.
     """
     target = find_target(target_name)
     _check(stage, target)
+    if stage == "graph":
+        return _graph(compiled, settings, shapes, target)
     ways = (stage == "triton-backward",) if stage in SOURCES else None
     kernels = kernels_of(compiled, settings, shapes, target, ways)
     if stage in SOURCES:
         return source_of(kernels)
     if stage == "resources":
         return table(_resources(kernels, target), target)
-    made = compile_kernels(kernels, target)
+    made = compile_kernels([kernel for kernel in kernels if kernel.fixed], target)
     comment = {"llvm": ";", "amdgcn": ";"}.get(stage, "//")
     return "\n".join(f"{comment} {one.kernel.name}\n{one.texts[stage].rstrip()}\n" for one in made)
+
+
+def _graph(compiled: Compiled, settings: Settings, shapes: Shapes, target: Target) -> str:
+    plan = bind_shapes(compiled, replace(shapes, device=torch.device("cuda")), settings)
+    if plan.backend not in _BY_FLEX:
+        raise BackendError(
+            f"backend={plan.backend!r}",
+            got="the stage 'graph'",
+            expected="a backend that calls FlexAttention",
+            mend="Ask for backend='flex'; the stage 'triton' shows the kernels that gather.",
+        )
+    return "\n\n".join(flex_graphs(compiled, settings, plan, target))
 
 
 def kernel_resources(compiled: Compiled, settings: Settings, shapes: Shapes, target_name: str) -> list[Resources]:
@@ -50,7 +67,7 @@ def kernel_resources(compiled: Compiled, settings: Settings, shapes: Shapes, tar
 
 
 def _resources(kernels: Sequence[Kernel], target: Target) -> list[Resources]:
-    return [resources_of(made, target) for made in compile_kernels(kernels, target)]
+    return [resources_of(made, target) for made in compile_kernels([k for k in kernels if k.fixed], target)]
 
 
 def kernels_of(
@@ -64,12 +81,15 @@ def kernels_of(
     ways = ways or ((False, True) if shapes.needs_grad else (False,))
     shapes = replace(shapes, device=torch.device("cuda"), needs_grad=shapes.needs_grad or True in ways)
     plan = bind_shapes(compiled, shapes, settings)
-    if plan.backend != "gather":
-        raise _no_kernels(plan)
-    # It loads the whole compiler, which uses this module.
-    from flexsparse.explorer.gathered import gathered_kernels
+    if plan.backend == "gather":
+        # It loads the whole compiler, which uses this module.
+        from flexsparse.explorer.gathered import gathered_kernels
 
-    found = gathered_kernels(compiled.program, gathered_source(compiled.program, compiled.title), plan, target)
+        found = gathered_kernels(compiled.program, gathered_source(compiled.program, compiled.title), plan, target)
+    elif plan.backend in _BY_FLEX:
+        found = flex_kernels(compiled, settings, plan, target)
+    else:
+        raise _no_kernels(plan)
     return tuple(kernel for kernel in found if kernel.backward in ways)
 
 
@@ -89,5 +109,5 @@ def _no_kernels(plan: Plan) -> BackendError:
         f"backend={plan.backend!r}",
         got="a stage of kernels",
         expected="a backend with kernels to show",
-        mend="backend='gather' has them, for patterns that select keys.",
+        mend="Use backend='flex', or 'gather' or 'gather_flex' for patterns that select keys.",
     )
