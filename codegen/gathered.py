@@ -32,6 +32,8 @@ from flexsparse.ir.program import Gate, Program, Selected
 from flexsparse.ir.simplify import simplify
 
 _ONE = Constant(1.0)
+# The names of generated modules begin with it.
+_MODULE = "flexsparse_gathered_"
 _GATES = {
     "": "clipped(x, least)",
     "capped_softmax": "tl.where(x <= tl.log(least), least, tl.exp(tl.where(x >= 0.0, 0.0, x)))",
@@ -273,7 +275,7 @@ def gathered_source(program: Program, title: str) -> GatheredSource:
 def load_module(text: str) -> ModuleType:
     """The text as a module from a file in the cache directory, which tracebacks and Triton can read."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    name = f"flexsparse_gathered_{digest}"
+    name = f"{_MODULE}{digest}"
     path = _kept(f"{name}.py", text)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -284,13 +286,24 @@ def load_module(text: str) -> ModuleType:
     return module
 
 
+def cache_folder() -> pathlib.Path:
+    """Where generated modules are kept: in ``FLEXSPARSE_CACHE_DIR`` or the user's cache."""
+    home = os.environ.get("FLEXSPARSE_CACHE_DIR") or pathlib.Path.home() / ".cache" / "flexsparse"
+    return pathlib.Path(home) / "kernels"
+
+
+def cached_files() -> list[pathlib.Path]:
+    """The generated modules that are kept, and no other file."""
+    return sorted(cache_folder().glob(f"{_MODULE}*.py"))
+
+
 def _kept(name: str, text: str) -> pathlib.Path:
     """A file with this text in ``FLEXSPARSE_CACHE_DIR`` or the user's cache; where that is read-only, a temporary one.
 
     It is written beside its place and moved there, so that other processes find all of it or nothing.
     """
-    home = pathlib.Path(os.environ.get("FLEXSPARSE_CACHE_DIR") or pathlib.Path.home() / ".cache" / "flexsparse")
-    for folder in (home / "kernels", pathlib.Path(tempfile.gettempdir()) / f"flexsparse-{os.getuid()}"):
+    home = cache_folder()
+    for folder in (home, pathlib.Path(tempfile.gettempdir()) / f"flexsparse-{os.getuid()}"):
         path = folder / name
         try:
             if path.is_file() and path.read_text() == text:

@@ -31,7 +31,7 @@ LEVELS = (
     ("cost",),
     ("explanation",),
     ("pipeline",),
-    ("compiler", "explorer", "block_masks", "tolerance", "measurement", "example_inputs"),
+    ("compiler", "explorer", "block_masks", "tolerance", "measurement", "example_inputs", "doctor"),
     ("nn",),
 )
 LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}

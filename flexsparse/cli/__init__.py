@@ -1,6 +1,6 @@
 """The command line: one file a command; nothing here imports torch before a command needs it."""
 
-from flexsparse.cli import check, code, demo, explain, hardware, list_patterns, show
+from flexsparse.cli import cache, check, code, demo, doctor, explain, hardware, list_patterns, show
 from flexsparse.cli.group import CommandGroup
 
 main = CommandGroup(
@@ -34,6 +34,8 @@ main = CommandGroup(
         check.command,
         demo.command,
         hardware.command,
+        doctor.command,
+        cache.command,
     ],
 )
 

@@ -74,9 +74,15 @@ def triton_version() -> str:
         return ""
 
 
+def triton_fits() -> bool:
+    """Whether there is a Triton whose compiler works without a GPU."""
+    version = triton_version()
+    return bool(version) and tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= _OLDEST
+
+
 def _check_version(target: Target) -> None:
     version = triton_version()
-    if version and tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= _OLDEST:
+    if triton_fits():
         return
     wanted = ".".join(map(str, _OLDEST))
     raise BackendError(

@@ -20,6 +20,7 @@ COMMANDS = {
     "explain": ("explain", HYBRID, "--length", "256"),
     "code": ("code", "causal() & sliding_window(8)"),
     "check": ("check", HYBRID, "--length", "17"),
+    "doctor": ("doctor",),
 }
 
 

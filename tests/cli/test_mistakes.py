@@ -37,6 +37,7 @@ MISTAKES = {
     ("code", "sparsek(8)", "--stage", "sass", "--target", "gfx942"): "stage: got 'sass' for gfx942",
     ("code", "causal", "--out", "no-such-folder/x.py"): "--out: got 'no-such-folder/x.py', expected a file in a "
     "directory that exists",
+    ("cache", "claer"): "No such command 'claer'. Did you mean 'clear'?",
     ("code", "causal", "--out", "/"): "--out: got '/'",
     ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
     ("check", "causal", "--length", "100000"): "--length: got 100000, expected at most 2048",
