@@ -41,7 +41,6 @@ def test_the_pattern_stands_in_the_kernels_of_both_passes() -> None:
         assert "triton_heuristics" not in text
         assert "num_warps=" in text
         compile(text, "kernels", "exec")
-    assert "77" not in bound("causal() + alibi()", needs_grad=False).code("triton")
     graph = attention.code("graph")
     assert graph.count("torch.ops.higher_order.flex_attention(") == 1
     assert "< 77" in graph
@@ -109,6 +108,10 @@ def test_what_cannot_be_generated_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
         bound("causal()").code("triton", "gfx942")
     with pytest.raises(BackendError, match=r"backend='gather': got the stage 'graph'"):
         bound("sparsek(8)", "gather").code("graph")
+    untraced = fs.compile(fs.from_flex(mask_mod=lambda b, h, q, kv: (q ^ kv) < 40), backend="flex")
+    untraced.bind(q_len=64, head_dim=16, device="cuda")
+    with pytest.raises(BackendError, match="got functions that could not be traced"):
+        untraced.code("triton")
     # Stands for a torch that lacks a private name: the process ends without texts.
     (tmp_path / "torch.py").write_text("raise ImportError('cannot import name _private')")
     monkeypatch.setattr(flex, "worker_environment", lambda: {"PYTHONPATH": str(tmp_path)})

@@ -159,6 +159,17 @@ def test_what_the_compiler_refuses_is_an_error_with_its_kernel() -> None:
         cross.compile_kernels([kernel("good", ""), kernel("wrong", "")], find_target("sm_80"))
 
 
+def test_the_reason_is_the_line_that_says_why() -> None:
+    said = (
+        "module {\n}\npython: /build/a.cpp:13: int f(): Assertion `b >= a' failed.\n<unknown>:0: error: Failures have "
+    )
+    assert (
+        cross._reason(f"{said}been detected while processing an MLIR pass pipeline\n") == "Assertion `b >= a' failed."
+    )
+    assert cross._reason("a.py:3: note: x\na.py:3: error: no such type\n") == "error: no such type"
+    assert cross._reason("nothing of note") == ""
+
+
 def test_an_abort_of_the_compiler_is_an_error_too() -> None:
     with pytest.raises(BackendError, match=r"kernel good: its compiler was ended by signal 6"):
         cross.compile_kernels([kernel("good", "abort")], find_target("sm_80"))
