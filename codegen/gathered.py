@@ -34,6 +34,8 @@ from flexsparse.ir.simplify import simplify
 from flexsparse.ir.text import text
 
 _ONE = Constant(1.0)
+# The names of generated modules begin with it.
+_MODULE = "flexsparse_gathered_"
 _GATES = {
     "": "clipped(x, least)",
     "capped_softmax": "tl.where(x <= tl.log(least), least, tl.exp(tl.where(x >= 0.0, 0.0, x)))",
@@ -282,7 +284,7 @@ def gathered_source(program: Program) -> GatheredSource:
 def load_module(text: str) -> ModuleType:
     """The text as a module from a file in the cache directory, which tracebacks and Triton can read."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    name = f"flexsparse_gathered_{digest}"
+    name = f"{_MODULE}{digest}"
     path = _kept(f"{name}.py", text)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -293,13 +295,22 @@ def load_module(text: str) -> ModuleType:
     return module
 
 
+def cache_folder() -> pathlib.Path:
+    """Where generated modules are kept: in ``FLEXSPARSE_CACHE_DIR`` or the user's cache."""
+    return cache_home() / "kernels"
+
+
+def cached_files() -> list[pathlib.Path]:
+    """The generated modules that are kept, and no other file."""
+    return sorted(cache_folder().glob(f"{_MODULE}*.py"))
+
+
 def _kept(name: str, text: str) -> pathlib.Path:
     """A file with this text in ``FLEXSPARSE_CACHE_DIR`` or the user's cache; where that is read-only, a temporary one.
 
     It is written beside its place and moved there, so that other processes find all of it or nothing.
     """
-    home = cache_home()
-    for folder in (home / "kernels", pathlib.Path(tempfile.gettempdir()) / f"flexsparse-{os.getuid()}"):
+    for folder in (cache_folder(), pathlib.Path(tempfile.gettempdir()) / f"flexsparse-{os.getuid()}"):
         path = folder / name
         try:
             if path.is_file() and path.read_text() == text:
@@ -309,4 +320,4 @@ def _kept(name: str, text: str) -> pathlib.Path:
         except OSError:
             continue
         return path
-    raise OSError(f"no folder to keep {name} in: tried {home} and {tempfile.gettempdir()}")
+    raise OSError(f"no folder to keep {name} in: tried {cache_folder()} and {tempfile.gettempdir()}")

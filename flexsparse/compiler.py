@@ -18,6 +18,8 @@ from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
+from flexsparse.explorer.resources import Resources
+from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
@@ -29,7 +31,7 @@ from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_value
 from flexsparse.settings import Settings
 from flexsparse.traced import attend_traced, key_of, remember
 
-STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels", "plan")
+STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels", "plan", *KERNEL_STAGES)
 
 
 def compile(
@@ -307,11 +309,19 @@ class CompiledAttention:
         """
         return (self.bind(**shapes) if shapes else self._last()).explain(hardware)
 
-    def code(self, stage: str) -> str:
+    def code(self, stage: str, target: str = "sm_90") -> str:
         """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels" or "plan".
 
         "rows" is the module of backend="gather_flex", whose functions take rows in place of keys; "kernels" the Triton
-        module of backend="gather"; "plan" wants shapes, by a call or ``bind``.
+        module of backend="gather" for any shapes; "plan" wants shapes, by a call or ``bind``.
+
+        So do the stages of the attention kernels that a GPU would run: for ``target`` ("sm_80", "sm_90", "sm_100", or
+        for kernels that gather "gfx942"), which need not be there. "graph" is the call of FlexAttention as Dynamo
+        captures it on a CPU; "triton" and "triton-backward" are the kernels' source, ours or Inductor's, with what
+        they are launched with; "ttir", "ttgir", "llvm", "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's
+        compiler, and "resources" a table of registers, spills, shared memory, occupancy and instructions. Where the
+        shapes want gradients, the last seven have the backward kernels as well.
+        Raises SettingError, NotBoundError, and BackendError where there are no such kernels or a compiler refuses.
         """
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)
@@ -330,12 +340,21 @@ class CompiledAttention:
             if not can_gather(self.ir):
                 return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
             return gathered_source(self.ir).text
+        if stage in KERNEL_STAGES:
+            return kernel_code(self._compiled, self._settings, self._last(stage).plan.shapes, stage, target)
         return self._compiled.generated.function_source(stage)
 
-    def _last(self) -> BoundAttention:
+    def resources(self, target: str = "sm_90") -> list[Resources]:
+        """What each attention kernel that would run on ``target`` takes of it, for the last call or ``bind``.
+
+        Triton's compiler tells; no GPU is needed. Raises as ``code`` does.
+        """
+        return kernel_resources(self._compiled, self._settings, self._last("resources").plan.shapes, target)
+
+    def _last(self, wanted: str = "plan") -> BoundAttention:
         if self._bound is None:
             raise NotBoundError(
-                "plan",
+                wanted,
                 got="a compiled pattern that has met no shapes",
                 expected="a call, or bind(q_len=..., head_dim=..., ...)",
                 mend="Call it once, or pass shapes: explain(q_len=4096, head_dim=64, heads=8).",

@@ -48,7 +48,7 @@ class Runner:
             return attend_chunked(work, *operands, tensors, kept)
         if bound.plan.backend == "gather":
             return self._gather(bound, work, operands, tensors, kept)
-        recomputed = tuple(self._is_recomputed(name, work.shapes.dtype) for name in work.names)
+        recomputed = tuple(self.is_recomputed(name, work.shapes.dtype) for name in work.names)
         offset = work.shapes.q_offset != 0
         launchers = launchers_of(self.node, self.settings, offset, bound.plan.backend)
         if bound.plan.backend in OVER_ROWS:
@@ -80,7 +80,7 @@ class Runner:
         learned = set(self.program.learnable) - self.program.sink_only
         # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
         recomputed = tuple(
-            name in learned or (name in self.program.sink_only and self._is_recomputed(name, shapes.dtype))
+            name in learned or (name in self.program.sink_only and self.is_recomputed(name, shapes.dtype))
             for name in work.names
         )
         if is_carried(tensors, recomputed):
@@ -111,7 +111,7 @@ class Runner:
             work = replace(work, tiles=classify_tiles(self.program, shapes, self.settings, bound.buffers))
         return completed(work, operands, tensors, recomputed, out, lse)
 
-    def _is_recomputed(self, name: str, dtype: torch.dtype) -> bool:
+    def is_recomputed(self, name: str, dtype: torch.dtype) -> bool:
         """Whether a tensor's gradient comes from the chunked path rather than from FlexAttention."""
         deterministic = self.settings.deterministic
         if name in self.program.sink_only:

@@ -84,7 +84,8 @@ def test_unknown_stage_is_refused() -> None:
         fs.compile("causal").code("scoremod")
     assert str(caught.value) == (
         "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', "
-        "'plan'. Did you mean 'score_mod'?"
+        "'plan', 'graph', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', 'sass', 'amdgcn', 'resources'. "
+        "Did you mean 'score_mod'?"
     )
 
 

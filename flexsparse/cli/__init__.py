@@ -1,6 +1,6 @@
 """The command line: one file a command; nothing here imports torch before a command needs it."""
 
-from flexsparse.cli import check, code, demo, explain, hardware, list_patterns, show, tune
+from flexsparse.cli import cache, check, code, demo, doctor, explain, hardware, list_patterns, show, tune
 from flexsparse.cli.group import CommandGroup
 
 main = CommandGroup(
@@ -35,6 +35,8 @@ main = CommandGroup(
         demo.command,
         hardware.command,
         tune.command,
+        doctor.command,
+        cache.command,
     ],
 )
 

@@ -62,7 +62,7 @@ def _run(expression: str, given: dict[str, Any]) -> list[Case]:
 
     with render.working("Compiling the pattern"):
         import flexsparse
-        from flexsparse.cli.example_inputs import example_call, fitting_heads
+        from flexsparse.example_inputs import example_call, fitting_heads
 
         device = shared.read_device(given["device"])
         attention = flexsparse.compile(expression, backend=given["backend"], deterministic=given["deterministic"])

@@ -104,8 +104,8 @@ def _drawing(example: Expression, seed: int, console: Console) -> tuple[Renderab
 
 def _drawable(pattern: Pattern, seed: int) -> Drawable:
     import flexsparse
-    from flexsparse.cli.example_inputs import example_captured, fitting_heads
     from flexsparse.cli.picture import drawable, square_shapes
+    from flexsparse.example_inputs import example_captured, fitting_heads
 
     attention = flexsparse.compile(pattern, backend="chunked")
     shapes = square_shapes(_LENGTH, fitting_heads(pattern.node, 4))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL
-from flexsparse.cli.example_inputs import example_operands
 from flexsparse.compiler import CompiledAttention
+from flexsparse.example_inputs import example_operands
 from flexsparse.pipeline import Bound, bind_call, compile_pattern
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings

@@ -93,11 +93,11 @@ def facts(*rows: tuple[str, str | Text]) -> RenderableType:
     return table
 
 
-def code(text: str, console: Console) -> RenderableType:
-    """Python source, in colour where the console has it."""
+def code(text: str, console: Console, language: str = "python") -> RenderableType:
+    """Source, in colour where the console has it; ``language`` as Pygments names it."""
     if console.no_color or not (console.is_terminal or console.record):
         return Text(text.rstrip("\n"))
-    return Syntax(text.rstrip("\n"), "python", theme="ansi_dark", background_color="default", word_wrap=True)
+    return Syntax(text.rstrip("\n"), language, theme="ansi_dark", background_color="default", word_wrap=True)
 
 
 def mask(picture: Picture, console: Console) -> RenderableType:

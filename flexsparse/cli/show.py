@@ -54,9 +54,9 @@ def command(expression: str, as_json: bool, **given: Any) -> None:
 def _draw(expression: str, given: dict[str, Any]) -> tuple[Drawable, Picture, list[str]]:
     import flexsparse
     from flexsparse.cli import render
-    from flexsparse.cli.example_inputs import describe, example_captured, fitting_heads
     from flexsparse.cli.picture import drawable, square_shapes
     from flexsparse.errors import SettingError
+    from flexsparse.example_inputs import describe, example_captured, fitting_heads
 
     length = given["length"]
     zoom = None if given["zoom"] is None else shared.read_zoom(given["zoom"], length)

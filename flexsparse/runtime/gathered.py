@@ -75,10 +75,15 @@ def make_call(
     source: GatheredSource, work: Work, values: Mapping[str, Any], selections: tuple[SelectionNode, ...]
 ) -> GatheredCall:
     """The call of ``work``, whose tiles are those of the near mask in tiles of CHUNK."""
-    size = work.shapes.kv_len
-    ks, afters = tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
+    ks, afters = call_sizes(selections, work.shapes)
     sizes = {kernel: sizes_of(kernel, work.shapes) for kernel in KERNELS}
     return GatheredCall(source, work.shapes, work.scale, values, block_lists(work.tiles), ks, afters, sizes)
+
+
+def call_sizes(selections: tuple[SelectionNode, ...], shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``k`` and ``after`` of each selection, no greater than the sequence is long."""
+    size = shapes.kv_len
+    return tuple(min(s.k, size) for s in selections), tuple(min(s.after, size) for s in selections)
 
 
 class _Gathered(torch.autograd.Function):

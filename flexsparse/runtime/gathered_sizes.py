@@ -41,26 +41,29 @@ _TRIED_WIDE = {
 }
 
 
-def sizes_of(kernel: str, shapes: Shapes) -> Sizes:
-    """The sizes for "forward", "query", "key" or "slot". Raises BackendError where nothing fits the GPU."""
+def sizes_of(kernel: str, shapes: Shapes, limit: int | None = None) -> Sizes:
+    """The sizes for "forward", "query", "key" or "slot". Raises BackendError where nothing fits the GPU.
+
+    ``limit`` is the shared memory of a block in bytes; None for that of the device.
+    """
     tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)[kernel]
     if max(shapes.head_dim, shapes.value_dim) > FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
     tuned = tuned_sizes(place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)).get(kernel)
-    found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes)
+    found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes, limit)
     if not found:
         raise BackendError(
             "backend='gather'",
             got=f"head_dim {shapes.head_dim} and value_dim {shapes.value_dim} in {shapes.dtype}",
-            expected=f"tiles that fit {_shared_memory(shapes.device)} bytes of shared memory",
+            expected=f"tiles that fit {_shared_memory(shapes.device) if limit is None else limit} bytes of shared memory",
             mend="Use backend='flex' or a smaller head_dim.",
         )
     return found[0]
 
 
-def fitting(kernel: str, tried: tuple[Sizes, ...], shapes: Shapes) -> list[Sizes]:
-    """Those sizes whose tiles fit the GPU's shared memory."""
-    limit = _shared_memory(shapes.device)
+def fitting(kernel: str, tried: tuple[Sizes, ...], shapes: Shapes, limit: int | None = None) -> list[Sizes]:
+    """Those sizes whose tiles fit ``limit`` bytes of shared memory; None for what the device has."""
+    limit = _shared_memory(shapes.device) if limit is None else limit
     return [sizes for sizes in tried if shared_bytes(kernel, sizes, shapes) <= limit]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "explain": ("explain", HYBRID, "--length", "256"),
     "code": ("code", "causal() & sliding_window(8)"),
     "check": ("check", HYBRID, "--length", "17"),
+    "doctor": ("doctor",),
 }
 
 
@@ -122,6 +124,26 @@ def test_code_of_the_plan(invoke: Invoke) -> None:
     answer = invoke("code", "causal()", "--stage", "plan", "--length", "256")
     assert answer.out.startswith("pattern   causal()")
     assert "256" in answer.out
+
+
+def test_kernels_are_shown_without_a_gpu(invoke: Invoke, tmp_path: pathlib.Path) -> None:
+    shapes = ("--length", "512", "--head-dim", "32", "--heads", "2")
+    answer = invoke("code", "sparsek(64)", "--stage", "triton", *shapes)
+    assert answer.out.startswith("# forward: num_warps=")
+    assert "HEAD_DIM=32" in answer.out
+    pytest.importorskip("triton")
+    path = tmp_path / "forward.ptx"
+    path.write_text("old")
+    answer = invoke("code", "sparsek(64)", "--stage", "ptx", "--target", "sm_80", "--out", str(path), *shapes)
+    assert (answer.code, answer.out) == (0, "")
+    assert path.read_text().startswith("// forward\n")
+    assert ".target sm_80" in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
+    data = json.loads(invoke("code", "sparsek(64)", "--stage", "resources", "--grad", "--json", *shapes).out)
+    assert data["target"] == "sm_90"
+    assert data["code"].startswith("kernel ")
+    assert {k["kernel"] for k in data["kernels"] if not k["backward"]} == {"forward"}
+    assert len(data["kernels"]) == 6
 
 
 def test_check_reports_every_result(invoke: Invoke) -> None:

@@ -10,10 +10,10 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from flexsparse.codegen.kernels.slot_sums import add_slot_sums
+from flexsparse.explorer.targets import find_target
 from flexsparse.ops import kernels
-from tests.cross_compiling import ATOMIC, CrossCompiler
+from tests.cross_compiling import ATOMIC, Launches
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
 EXPECTED = {
     *("_extents", "_quantize", "_running_counts", "_merge", "_rank"),
     *("table", "table_of_many", "outline", "refine", "walk"),
@@ -24,12 +24,11 @@ EXPECTED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles_fits_and_has_no_atomics(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = CrossCompiler(capability)
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches, target = Launches(), find_target(name)
     # Nothing is launched, so nothing is written: the buffers must hold indices that are in range.
-    monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: compiler(kernel, grid))
+    monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: launches(kernel, grid))
     monkeypatch.setattr(torch, "empty", torch.zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     # Whole rows without a refinement, and rows in blocks with some.
@@ -49,7 +48,7 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(capability: int, monkeypa
     for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 1), (torch.float16, 200)):
         rows, holder = torch.zeros(1, 4, 96, dim, dtype=dtype), torch.zeros(1, 2, 2, 16, dtype=torch.int32)
         add_slot_sums(torch.zeros(1, 4, 64, dim), rows, 64, holder)
-    assert compiler.names == EXPECTED
-    for variant, made in compiler.compiled.items():
-        assert made.metadata.shared <= SHARED_MEMORY[capability], variant
-        assert not ATOMIC.search(made.asm["ptx"]), variant
+    assert launches.names == EXPECTED
+    for made in launches.compile(target):
+        assert made.shared <= target.shared_block, made.kernel
+        assert not ATOMIC.search(made.texts["ptx"]), made.kernel

@@ -1,0 +1,46 @@
+"""``flexsparse cache``: the kernels that were generated so far."""
+
+from __future__ import annotations
+
+import click
+
+from flexsparse.cli import options as shared
+from flexsparse.cli.group import CommandGroup
+
+
+@click.group("cache", cls=CommandGroup, short_help="Clear the kernels that were generated so far.")
+def command() -> None:
+    """Kernels that were generated so far, in FLEXSPARSE_CACHE_DIR or ~/.cache/flexsparse.
+
+    What a pattern needs is generated again at its next call.
+
+    \b
+    Examples:
+      flexsparse cache clear
+    """
+
+
+@command.command("clear")
+@shared.json_option
+def clear(as_json: bool) -> None:
+    """Remove them. Other files in the folder stay, and so do the caches of Triton and of torch.
+
+    \b
+    Examples:
+      flexsparse cache clear
+      flexsparse cache clear --json
+    """
+    from flexsparse.codegen.gathered import cache_folder, cached_files
+    from flexsparse.errors import SettingError
+
+    files = cached_files()
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise SettingError("cache", got=f"{path}: {error.strerror}", expected="files that may be removed") from None
+    if as_json:
+        shared.print_json({"folder": str(cache_folder()), "files": len(files), "bytes": size})
+    else:
+        click.echo(f"kernel modules removed: {len(files):,}, of {size:,} bytes, from {cache_folder()}")

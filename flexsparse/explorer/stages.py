@@ -1,0 +1,113 @@
+"""The stages below Python: Triton source, the texts of Triton's compiler, what its kernels take of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from flexsparse.codegen.gathered import gathered_source
+from flexsparse.errors import BackendError, SettingError
+from flexsparse.explorer.cross import compile_kernels
+from flexsparse.explorer.flex import flex_graphs, flex_kernels
+from flexsparse.explorer.kernel import Kernel, source_of
+from flexsparse.explorer.resources import Resources, resources_of, table
+from flexsparse.explorer.targets import Target, find_target
+from flexsparse.pipeline import Compiled, bind_shapes
+from flexsparse.plan import Plan
+from flexsparse.runtime.inputs import Shapes
+from flexsparse.settings import Settings
+
+SOURCES = ("triton", "triton-backward")
+COMPILED = ("ttir", "ttgir", "llvm", "ptx", "sass", "amdgcn")
+KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources")
+_BY_FLEX = ("flex", "gather_flex")
+_ELSEWHERE = {"ptx": "amdgcn", "sass": "amdgcn", "amdgcn": "ptx"}
+
+
+def kernel_code(compiled: Compiled, settings: Settings, shapes: Shapes, stage: str, target_name: str) -> str:
+    """The text of one of ``KERNEL_STAGES`` for the backend that would run on ``target_name``.
+
+    "graph" is what FlexAttention's compiler starts from, as captured on a CPU. "triton-backward" has the kernels of the
+    backward pass; the stages after it have those as well where ``shapes`` wants gradients. Kernels whose block sizes
+    are chosen on a GPU have a source and nothing further. Raises SettingError, BackendError or DeviceError.
+    """
+    target = find_target(target_name)
+    _check(stage, target)
+    if stage == "graph":
+        return _graph(compiled, settings, shapes, target)
+    ways = (stage == "triton-backward",) if stage in SOURCES else None
+    kernels = kernels_of(compiled, settings, shapes, target, ways)
+    if stage in SOURCES:
+        return source_of(kernels)
+    if stage == "resources":
+        return table(_resources(kernels, target), target)
+    made = compile_kernels([kernel for kernel in kernels if kernel.fixed], target)
+    comment = {"llvm": ";", "amdgcn": ";"}.get(stage, "//")
+    return "\n".join(f"{comment} {one.kernel.name}\n{one.texts[stage].rstrip()}\n" for one in made)
+
+
+def _graph(compiled: Compiled, settings: Settings, shapes: Shapes, target: Target) -> str:
+    plan = bind_shapes(compiled, replace(shapes, device=torch.device("cuda")), settings)
+    if plan.backend not in _BY_FLEX:
+        raise BackendError(
+            f"backend={plan.backend!r}",
+            got="the stage 'graph'",
+            expected="a backend that calls FlexAttention",
+            mend="Ask for backend='flex'; the stage 'triton' shows the kernels that gather.",
+        )
+    return "\n\n".join(flex_graphs(compiled, settings, plan, target))
+
+
+def kernel_resources(compiled: Compiled, settings: Settings, shapes: Shapes, target_name: str) -> list[Resources]:
+    """What each kernel takes of ``target_name``. Raises as ``kernel_code`` does."""
+    target = find_target(target_name)
+    return _resources(kernels_of(compiled, settings, shapes, target), target)
+
+
+def _resources(kernels: Sequence[Kernel], target: Target) -> list[Resources]:
+    return [resources_of(made, target) for made in compile_kernels([k for k in kernels if k.fixed], target)]
+
+
+def kernels_of(
+    compiled: Compiled, settings: Settings, shapes: Shapes, target: Target, ways: tuple[bool, ...] | None = None
+) -> tuple[Kernel, ...]:
+    """The attention kernels of a call on ``target``, forward's first.
+
+    ``ways``: whether of the backward pass (True) or not, either or both; None for those that ``shapes`` wants. Kernels
+    that make the selection are the same for every pattern, and are not among them.
+    """
+    ways = ways or ((False, True) if shapes.needs_grad else (False,))
+    shapes = replace(shapes, device=torch.device("cuda"), needs_grad=shapes.needs_grad or True in ways)
+    plan = bind_shapes(compiled, shapes, settings)
+    if plan.backend == "gather":
+        # It loads the whole compiler, which uses this module.
+        from flexsparse.explorer.gathered import gathered_kernels
+
+        found = gathered_kernels(compiled.program, gathered_source(compiled.program), plan, target)
+    elif plan.backend in _BY_FLEX:
+        found = flex_kernels(compiled, settings, plan, target)
+    else:
+        raise _no_kernels(plan)
+    return tuple(kernel for kernel in found if kernel.backward in ways)
+
+
+def _check(stage: str, target: Target) -> None:
+    wrong = ("amdgcn",) if target.is_nvidia else ("ptx", "sass")
+    if stage in wrong:
+        raise SettingError(
+            "stage",
+            got=f"{stage!r} for {target.name}",
+            expected=f"{stage!r} for {'gfx942' if target.is_nvidia else 'sm_80, sm_90 or sm_100'}",
+            mend=f"{target.name} has {_ELSEWHERE[stage]!r}.",
+        )
+
+
+def _no_kernels(plan: Plan) -> BackendError:
+    return BackendError(
+        f"backend={plan.backend!r}",
+        got="a stage of kernels",
+        expected="a backend with kernels to show",
+        mend="Use backend='flex', or 'gather' or 'gather_flex' for patterns that select keys.",
+    )

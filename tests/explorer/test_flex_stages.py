@@ -1,0 +1,119 @@
+"""What FlexAttention becomes on a GPU, made without one: the pattern's functions are in the kernels of both passes."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import flexsparse as fs
+from flexsparse import _torch
+from flexsparse.compiler import CompiledAttention
+from flexsparse.errors import BackendError
+from flexsparse.explorer import flex
+from flexsparse.explorer.flex import kernels_in
+
+generates = pytest.mark.skipif(
+    _torch.VERSION < (2, 13), reason=f"torch {_torch.VERSION} lacks private names that generating code takes"
+)
+HYBRID = "(causal() & sliding_window(77)) + alibi()"
+
+
+def bound(text: str, backend: str = "flex", **shapes: Any) -> CompiledAttention:
+    attention = fs.compile(text, backend=backend)
+    given = {"q_len": 256, "heads": 2, "head_dim": 64, "device": "cuda", "needs_grad": True, **shapes}
+    attention.bind(**given)
+    return attention
+
+
+@generates
+def test_the_pattern_stands_in_the_kernels_of_both_passes() -> None:
+    attention = bound(HYBRID)
+    forward, backward = attention.code("triton"), attention.code("triton-backward")
+    for text, function in ((forward, "forward_inner"), (backward, "bwd_dkdv_inner")):
+        assert f"def {function}" in text
+        # The window's bound and the bias: the pattern's own, not a template's.
+        assert "tl.full([1], 77, tl.int32)" in text
+        assert "exp2" in text
+        assert "triton_heuristics" not in text
+        assert "num_warps=" in text
+        compile(text, "kernels", "exec")
+    graph = attention.code("graph")
+    assert graph.count("torch.ops.higher_order.flex_attention(") == 1
+    assert "< 77" in graph
+    assert "exp2" in graph
+
+
+@generates
+def test_resources_of_flex_attention() -> None:
+    found = bound(HYBRID).resources("sm_90")
+    assert [one.backward for one in found] == [False, True]
+    for one in found:
+        assert one.kernel.startswith("triton_tem_fused_flex_attention")
+        assert one.instructions["wgmma"] > 0
+        assert one.instructions["atomics"] == 0
+        assert one.blocks is not None
+        assert 1 <= one.blocks <= 4
+        assert one.shared < 227 * 1024
+
+
+@generates
+def test_a_gate_on_values_takes_two_calls_over_rows() -> None:
+    attention = bound("sliding_window(8) | sparsek(16, after=8)", "gather_flex", q_len=512, kv_heads=1)
+    text = attention.code("triton")
+    assert text.count("def forward_inner") == 2
+    assert attention.code("graph").count("torch.ops.higher_order.flex_attention(") == 2
+
+
+MODULE = """
+async_compile.triton('k', '''
+import triton
+import triton.language as tl
+from torch._inductor.runtime import triton_helpers, triton_heuristics
+from torch._inductor.runtime.hints import DeviceProperties
+triton_helpers.set_driver_to_gpu()
+
+@triton_heuristics.{kind}(
+    num_stages=3, num_warps=8,
+    triton_meta={{'signature': {{'p': '*fp32', 'n': 'i32', 'B': 'constexpr'}}, 'constants': {{'B': 4}},
+        'device': DeviceProperties(type='cuda'), 'configs': [{{(0,): [['tt.divisibility', 16]]}}]}},
+)
+@triton.jit
+def k(p, n, B: tl.constexpr):
+    # kept
+    tl.store(p, n)
+''', device_str='cuda')
+"""
+
+
+def test_kernels_of_a_module_without_the_decorator_that_needs_a_gpu() -> None:
+    (kernel,) = kernels_in(MODULE.format(kind="template"), backward=True)
+    assert (kernel.name, kernel.backward, kernel.fixed) == ("k", True, True)
+    assert kernel.options == {"num_stages": 3, "num_warps": 8}
+    assert (kernel.constants, kernel.aligned) == ({"B": 4}, ("p",))
+    assert kernel.module == (
+        "import triton\nimport triton.language as tl\n\n@triton.jit\n"
+        "def k(p, n, B: tl.constexpr):\n    # kept\n    tl.store(p, n)\n"
+    )
+    (chosen,) = kernels_in(MODULE.format(kind="pointwise"), backward=False)
+    assert not chosen.fixed
+    assert chosen.launch == "block sizes are chosen on the GPU"
+
+
+def test_what_cannot_be_generated_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(BackendError, match=r"target='gfx942': got FlexAttention for gfx942, expected sm_80"):
+        bound("causal()").code("triton", "gfx942")
+    with pytest.raises(BackendError, match=r"backend='gather': got the stage 'graph'"):
+        bound("sparsek(8)", "gather").code("graph")
+    untraced = fs.compile(fs.from_flex(mask_mod=lambda b, h, q, kv: (q ^ kv) < 40), backend="flex")
+    untraced.bind(q_len=64, head_dim=16, device="cuda")
+    with pytest.raises(BackendError, match="got functions that could not be traced"):
+        untraced.code("triton")
+    # Stands for a torch that lacks a private name: the process ends without texts.
+    (tmp_path / "torch.py").write_text("raise ImportError('cannot import name _private')")
+    monkeypatch.setattr(flex, "worker_environment", lambda: {"PYTHONPATH": str(tmp_path)})
+    with pytest.raises(BackendError, match=r"ended with code 1: ImportError: cannot import name _private"):
+        bound("causal() & sliding_window(3)").code("triton")
