@@ -50,12 +50,13 @@ def sizes_of(kernel: str, shapes: Shapes, limit: int | None = None) -> Sizes:
     if max(shapes.head_dim, shapes.value_dim) > FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
     tuned = tuned_sizes(place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)).get(kernel)
+    limit = _shared_memory(shapes.device) if limit is None else limit
     found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes, limit)
     if not found:
         raise BackendError(
             "backend='gather'",
             got=f"head_dim {shapes.head_dim} and value_dim {shapes.value_dim} in {shapes.dtype}",
-            expected=f"tiles that fit {_shared_memory(shapes.device) if limit is None else limit} bytes of shared memory",
+            expected=f"tiles that fit {limit} bytes of shared memory",
             mend="Use backend='flex' or a smaller head_dim.",
         )
     return found[0]
