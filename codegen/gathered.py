@@ -253,8 +253,7 @@ class _Printer:
 def _title(program: Program) -> str:
     """What the kernels are for, without numbers that they take at the call: one text serves every k."""
     count = len(program.selections)
-    near = text(near_mask(program))
-    return f"{'One selection' if count == 1 else f'{count} selections'} beside {near}, score {text(program.score)}"
+    return f"{'One selection' if count == 1 else f'{count} selections'} beside {text(near_mask(program))}"
 
 
 @functools.lru_cache(maxsize=256)

@@ -126,6 +126,9 @@ def test_a_module_is_kept_once_and_elsewhere_where_the_cache_is_read_only(
 def test_one_text_serves_every_k() -> None:
     program = fs.compile(HYBRID).ir
     assert "tl.atomic" not in source.gathered_source(program).text
+    # What a selected key's score is, is in the kernels and not in their title.
+    scored = fs.compile("sliding_window(96) | sparsek(64, after=96).score(softcap(30.0))").ir
+    assert "beside (kv <= q) & (q - kv < 96)" in source.gathered_source(scored).text
     other = fs.compile(fs.compile(HYBRID).pattern.with_k(96)).ir
     assert other.selections[0].k == 96
     assert source.gathered_source(other).text == source.gathered_source(program).text
