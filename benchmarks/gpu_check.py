@@ -41,23 +41,28 @@ def environment(commit: str) -> dict[str, object]:
 
 
 def run(*command: str) -> dict[str, object]:
-    """A command with its exit code, its seconds and the end of what it printed."""
+    """A command with its exit code, its seconds and the end of what it printed, shown while it runs."""
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
     return {
         "command": " ".join(["python", *command[1:]]),
-        "exit_code": done.returncode,
+        "exit_code": process.returncode,
         "seconds": round(time.perf_counter() - start, 1),
-        "output": _portable(done.stdout),
-        "errors": _portable(done.stderr[-4000:]),
+        "output": _portable("".join(lines)),
     }
 
 
 def _portable(text: str) -> str:
-    """The summary of a test run, or the whole output, without paths of this machine."""
+    """The times and the summary of a test run, or the whole output, without paths of this machine."""
     text = re.sub(r"\S*/(?=flexsparse/|tests/|site-packages/)", "", text.replace(str(ROOT), "."))
-    if "short test summary" in text:
-        return text[text.index("short test summary") :]
+    for start in ("slowest 20 durations", "short test summary"):
+        if start in text:
+            return text[text.index(start) :]
     return text
 
 
@@ -73,7 +78,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
-    options = ["-q", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    options = ["-v", "--durations=20", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
     tests = run(sys.executable, "-m", "pytest", *arguments.tests, "-m", "gpu", *options)
     demo = None if arguments.no_demo else run(sys.executable, "-m", "flexsparse", "demo")
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))
@@ -85,7 +90,6 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     ran = [tests] if demo is None else [tests, demo]
-    print(*(part[what] for part in ran for what in ("output", "errors")), sep="\n")
     return int(any(part["exit_code"] for part in ran))
 
 

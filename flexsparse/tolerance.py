@@ -201,7 +201,7 @@ def plain(
     scores = query @ key.transpose(-1, -2) * factor * dense.gate_k.to(dtype)
     scores = dense.score(scores.double()).to(dtype).expand_as(scores)
     hidden = ~dense.mask.expand_as(scores)
-    sink = None if dense.sink is None else dense.sink.to(dtype).expand_as(scores[..., :1])
+    sink = None if dense.sink is None else dense.sink.to(scores).expand_as(scores[..., :1])
     empty = hidden.all(-1, keepdim=True) if sink is None else hidden.all(-1, keepdim=True) & torch.isneginf(sink)
     scores = scores + torch.where(hidden, 1.0, dense.gate_logit).log().to(dtype)
     # A softmax over nothing is NaN, and so is its gradient: empty rows go through as zeros and are put out after.

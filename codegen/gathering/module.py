@@ -39,6 +39,18 @@ def clipped(x, least):
 
 
 @triton.jit
+def exp_above(score, level, PRECISION: tl.constexpr):
+    """exp(score - level)"""
+    if PRECISION == "ieee":
+        # A product with level is rounded: the larger the scores, the more each row would be off, in float32 visibly.
+        x = (score - level) * LOG2E
+    else:
+        # One operation a pair.
+        x = score * LOG2E - level * LOG2E
+    return tl.exp2(x)
+
+
+@triton.jit
 def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """Rows by index, [len(index), PADDED]."""
     at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
