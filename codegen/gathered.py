@@ -160,8 +160,8 @@ class _Printer:
     where it knows them.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, shifted: list[int]) -> None:
+        self.program, self.shifted = program, shifted
         self.text = TritonText()
 
     def sure(self, part: _Part) -> int | None:
@@ -259,15 +259,16 @@ def _title(program: Program) -> str:
 @functools.lru_cache(maxsize=256)
 def gathered_source(program: Program) -> GatheredSource:
     """The kernels of a program with at least one selection and nothing that the text cannot say."""
-    parts, printer = _parts(program), _Printer(program)
+    parts = _parts(program)
     gated = sorted({gate.number for part in parts.values() for gate in part.gates})
     slot_gates = {
         n: tuple(dict.fromkeys(gate.number for gate in parts[f"selected {n}"].gates))
         for n in range(len(program.selections))
     }
     shifted = sorted({g.number for p in parts.values() for g in p.gates if g.through != "ste_identity"})
+    printer = _Printer(program, shifted)
     blocks = {
-        (way, name): made(printer, part, name.split()[0])
+        (way, name): made(printer, part, name)
         for name, part in parts.items()
         for way, made in (("forward", attend), ("query", gradient_of_query), ("keys", gradient_of_keys))
     }

@@ -9,10 +9,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, known, slot_gradient, taken_over
-from flexsparse.codegen.gathering.tiles import Lines, key_loads, row_loads
+from flexsparse.codegen.gathering.tiles import Lines, key_loads, record_loads, record_puts, row_fields, row_loads
+from flexsparse.codegen.kernels.slot_records import KEY_BITS
 
-_HELPERS = '''
+_HELPERS = f"""
 LOG2E = tl.constexpr(1.4426950408889634)
+# A slot's record has its key in so many bits, and above them for how many queries of the chunk it stays.
+KEY_BITS = tl.constexpr({KEY_BITS})
+KEY_MASK = tl.constexpr({(1 << KEY_BITS) - 1})
+"""
+_HELPERS += '''
 
 
 @triton.jit
@@ -62,31 +68,27 @@ def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.const
 
 
 @triton.jit
-def row_products(
-    p_out, p_d_out, stride_ob, stride_oh, stride_os, p_d_lse, p_share, p_delta, length, heads,
-    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """What every key's gradient is measured against: the product of each row of out with its gradient, less d_lse."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    m_row = row < length
-    at = (b * heads + h) * length + row
-    row = tl.minimum(row, length - 1)
-    feature = tl.arange(0, BLOCK_V)
-    out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V)
-    d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse + at, mask=m_row, other=0.0)
-    # Into rows that see no key nothing flows, whatever the loss makes of their lse.
-    share = tl.load(p_share + at, mask=m_row, other=0.0)
-    tl.store(p_delta + at, tl.where(share == 0.0, 0.0, delta), mask=m_row)
-
-
-@triton.jit
 def put_rows(p_base, index, stride, feature, x, m_row, SIZE: tl.constexpr):
     at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
     tl.store(at, x.to(p_base.dtype.element_ty), mask=m_row[:, None] & (feature[None, :] < SIZE))
 '''
+
+_ROW_PRODUCTS = """
+row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+h = tl.program_id(1).to(tl.int64)
+b = tl.program_id(2).to(tl.int64)
+m_row = row < length
+row = tl.minimum(row, length - 1)
+at = (b * heads + h) * length + row
+feature = tl.arange(0, BLOCK_V)
+out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V)
+d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V)
+level = tl.load(p_level + at)
+share = tl.load(p_share + at)
+delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse + at)
+# Into rows that see no key nothing flows, whatever the loss makes of their lse.
+delta = tl.where(share == 0.0, 0.0, delta)
+"""
 
 _ROWS = (
     """
@@ -115,9 +117,9 @@ def _near_loop(name: str, body: Lines) -> Lines:
     edge = ["seen = (column < length)[None, :]", "column = tl.minimum(column, length - 1)"] if name == "near" else []
     return [
         f"# {'Tiles whose every pair' if name == 'full' else 'Tiles of which some pairs'} the pattern allows anyway.",
-        f"for step in range(tl.load(p_{name}_count + b * count_b + h * count_h + chunk) * (BLOCK_M // BLOCK_N)):",
-        f"    tile = tl.load(p_{name}_index + b * index_b + h * index_h + chunk * index_row + "
-        "step // (BLOCK_M // BLOCK_N))",
+        f"count = tl.load(p_{name}_count + b * count_b + h * count_h + chunk) * (BLOCK_M // BLOCK_N)",
+        f"tiles = p_{name}_index + b * index_b + h * index_h + chunk * index_row",
+        *_for_each_tile("BLOCK_N"),
         "    column = tile * BLOCK_M + step % (BLOCK_M // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)",
         *(f"    {line}" for line in edge),
         "    kv = column[None, :]",
@@ -125,22 +127,37 @@ def _near_loop(name: str, body: Lines) -> Lines:
     ]
 
 
-def _selected_loops(n: str, body: Lines) -> Lines:
+def _for_each_tile(part: str) -> Lines:
+    """The head of a loop over ``count`` parts of the ``tiles`` of a list; the next tile is known before its turn."""
+    return [
+        "following = tl.load(tiles, mask=count > 0, other=0)",
+        "for step in range(count):",
+        "    tile = following",
+        f"    following = tl.load(tiles + (step + 1) // (BLOCK_M // {part}), mask=step + 1 < count, other=0)",
+    ]
+
+
+def _selected_loops(n: str, body: Lines, scored: bool) -> Lines:
     head = f"(b * heads_{n} + h // group_{n})"
     inner = [f"    {line}" for line in body]
+    load = f"tl.load(records + slot[:, None] * 2 + twice[None, :], mask=(slot < k_{n})[:, None], other=0)"
     return [
         f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
         "slot = tl.arange(0, BLOCK_N)",
-        f"slots = p_slots_{n} + ({head} * n_chunks + chunk) * k_{n}",
-        f"following = tl.load(slots + slot, mask=slot < k_{n}, other=-1)",
+        "# Read twice: of fewer numbers than it has threads, a block loads each wherever it is wanted.",
+        "twice = tl.arange(0, 4) % 2",
+        f"records = p_records_{n} + ({head} * n_chunks + chunk) * k_{n} * 2",
+        f"following = {load}",
         f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
         "    # The keys of the next tile are known before this one's are used.",
-        "    m_key = following >= 0",
-        "    column = tl.maximum(following, 0)",
+        "    holders, scores = tl.split(tl.reshape(following, [BLOCK_N, 2, 2]))",
+        "    holder, again = tl.split(holders)",
+        *(["    bits, again = tl.split(scores)", f"    u_{n} = bits.to(tl.float32, bitcast=True)[None, :]"] * scored),
         "    slot += BLOCK_N",
-        f"    following = tl.load(slots + slot, mask=slot < k_{n}, other=-1)",
+        f"    following = {load}",
+        "    column = holder & KEY_MASK",
         "    kv = column[None, :]",
-        f"    gone = tl.where(m_key, tl.load(p_death_{n} + {head} * length + column), 0)[None, :]",
+        "    gone = (start + (holder >> KEY_BITS))[None, :]",
         "    seen = q < gone",
         *inner,
         f"# Selection {n}: the keys that enter inside the chunk.",
@@ -151,17 +168,21 @@ def _selected_loops(n: str, body: Lines) -> Lines:
         "    kv = column[None, :]",
         f"    gone = tl.where(m_key, tl.load(p_death_{n} + {head} * length + column), 0)[None, :]",
         f"    seen = (kv + after_{n} <= q) & (q < gone)",
+        *(f"    {line}" for line in (key_loads([int(n)], "[None, :]") if scored else [])),
         *inner,
     ]
 
 
-def _row_loops(blocks: Mapping[tuple[str, str], Lines], way: str) -> Lines:
+def _row_loops(blocks: Mapping[tuple[str, str], Lines], way: str, gated: Mapping[int, Sequence[int]]) -> Lines:
     lines: Lines = []
     for (of, name), body in blocks.items():
         if of != way:
             continue
         kind, _, number = name.partition(" ")
-        lines += _selected_loops(number, body) if kind == "selected" else _near_loop(kind, body)
+        if kind == "selected":
+            lines += _selected_loops(number, body, int(number) in gated[int(number)])
+        else:
+            lines += _near_loop(kind, body)
     return lines
 
 
@@ -188,10 +209,10 @@ def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
         else:
             lines += [
                 f"count = tl.load(p_{kind}_count + b * count_b + h * count_h + first // BLOCK_M)",
+                "count *= BLOCK_M // BLOCK_Q",
                 f"tiles = p_{kind}_index + b * index_b + h * index_h + first // BLOCK_M * index_row",
-                "for step in range(count * (BLOCK_M // BLOCK_Q)):",
-                "    first_row = tl.load(tiles + step // (BLOCK_M // BLOCK_Q)) * BLOCK_M",
-                "    first_row += step % (BLOCK_M // BLOCK_Q) * BLOCK_Q",
+                *_for_each_tile("BLOCK_Q"),
+                "    first_row = tile * BLOCK_M + step % (BLOCK_M // BLOCK_Q) * BLOCK_Q",
                 *inner,
             ]
     return lines
@@ -215,7 +236,7 @@ def module_text(
     all_gated = sorted({m for own in gated.values() for m in own})
     pattern = ["scale", "length", "heads", "group", "n_chunks"]
     for n in every:
-        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_slots_{n}", f"p_next_{n}"]
+        pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_slots_{n}", f"p_records_{n}", f"p_next_{n}"]
         pattern += [f"heads_{n}", f"group_{n}", f"k_{n}", f"after_{n}"]
         pattern += [f"p_u_{n}"] * (n in all_gated) + [f"p_tau_{n}", f"p_least_{n}"] * (n in shifted)
     for name, dims in captured:
@@ -225,11 +246,13 @@ def module_text(
     lists = ["p_near_count", "p_near_index", "p_full_count", "p_full_index", "count_b", "count_h"]
     lists += ["index_b", "index_h", "index_row"]
     operands = ["p_query", "p_key", "p_value", *strides, *pattern]
-    gradients = ["p_d_out", "stride_ob", "stride_oh", "stride_os", "p_level", "p_share", "p_delta"]
+    gradients = ["p_d_out", "stride_ob", "stride_oh", "stride_os", "p_rows"]
     constants = ["HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V", "BLOCK_M", "BLOCK_Q", "BLOCK_N", "PRECISION"]
 
-    def kernel(name: str, about: str, parameters: Sequence[str], body: str, more: Sequence[str] = ()) -> str:
-        listed = ", ".join([*parameters, *(f"{c}: tl.constexpr" for c in (*constants, *more))])
+    def kernel(
+        name: str, about: str, parameters: Sequence[str], body: str, more: Sequence[str] = (), of: Sequence[str] = ()
+    ) -> str:
+        listed = ", ".join([*parameters, *(f"{c}: tl.constexpr" for c in (*(of or constants), *more))])
         signature = textwrap.fill(listed, 110, initial_indent="    ", subsequent_indent="    ")
         return f'@triton.jit\ndef {name}(\n{signature},\n):\n    """{about}"""\n{indented(body.splitlines())}\n'
 
@@ -246,7 +269,7 @@ def module_text(
         + known_thresholds
         + 'top = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
         + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
-        + "\n".join(_row_loops(blocks, "forward"))
+        + "\n".join(_row_loops(blocks, "forward", gated))
         + """
 # NaN is not nothing, and must come out.
 some = total != 0.0
@@ -261,16 +284,13 @@ tl.store(p_lse + at, lse, mask=m_row)
     )
     query = (
         _ROWS
-        + by_row
+        + "\n".join(record_loads(shifted, "BLOCK_M", "[:, None]"))
         + """
 d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)
-level = tl.load(p_level + at)
-share = tl.load(p_share + at)
-delta = tl.load(p_delta + at)
 d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 """
         + "".join(f"d_tau_{n} = tl.zeros([BLOCK_M], tl.float32)\n" for n in shifted)
-        + "\n".join(_row_loops(blocks, "query"))
+        + "\n".join(_row_loops(blocks, "query", gated))
         + "\nbase = (b * heads + h) * length * HEAD_DIM\n"
         + "put_rows(p_d_query + base, row, HEAD_DIM, feature, d_query * scale, m_row, HEAD_DIM)\n"
         + "".join(f"tl.store(p_d_tau_{n} + at, d_tau_{n}, mask=m_row)\n" for n in shifted)
@@ -303,7 +323,25 @@ d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     parts = [f"p_part_key_{n}" for n in every] + [f"p_part_value_{n}" for n in every]
     parts += [f"p_part_u_{n}_{m}" for n in every for m in gated[n]]
     d_u = [f"p_d_u_{n}" for n in all_gated]
+    fields = row_fields(shifted)
+    products = (
+        _ROW_PRODUCTS
+        + "\n".join([*row_loads(shifted, ""), "nothing = tl.zeros([ROWS], tl.float32)", *record_puts(fields)])
+        + f"""
+at_field = at[:, None] * {len(fields)} + tl.arange(0, {len(fields)})[None, :]
+tl.store(p_rows + at_field, record, mask=m_row[:, None])
+"""
+    )
     kernels = [
+        kernel(
+            "row_products",
+            "What every key's gradient is measured against: the product of each row of out with its gradient, less "
+            "d_lse.",
+            ["p_out", *gradients[:-1], "p_d_lse", "p_level", "p_share", "p_rows", "length", "heads"]
+            + [f"{what}_{n}" for n in shifted for what in ("p_tau", "p_least", "heads", "group")],
+            products,
+            of=["VALUE_DIM", "BLOCK_V", "ROWS"],
+        ),
         kernel(
             "forward",
             "Output and lse of one chunk of queries.",

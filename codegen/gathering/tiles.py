@@ -6,7 +6,7 @@ Tiles are [BLOCK_M, BLOCK_N], queries by keys, and [BLOCK_N, BLOCK_Q] where grad
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Lines = list[str]
@@ -21,6 +21,46 @@ def row_loads(shifted: Iterable[int], axis: str) -> Lines:
     return lines
 
 
+def row_fields(shifted: Iterable[int]) -> list[str]:
+    """What the backward pass reads of a query, in a record whose length is a power of two; "" fills it up."""
+    names = ["level", "share", "delta", *(f"{what}_{n}" for n in shifted for what in ("tau", "least"))]
+    return names + [""] * ((1 << (len(names) - 1).bit_length()) - len(names))
+
+
+def record_loads(shifted: Sequence[int], size: str, axis: str) -> Lines:
+    """``row_fields`` of the ``size`` queries at ``at``: [size] each, thresholds along the other axis than ``axis``.
+
+    Together they are more numbers than a block has threads. Fewer, Triton loads anew in every thread that wants one.
+    """
+    fields = row_fields(shifted)
+    width = len(fields)
+    lines = [f"record = tl.load(p_rows + at[:, None] * {width} + tl.arange(0, {width})[None, :])"]
+    lines += _taken_apart("record", fields, size)
+    lines += [f"{name} = {name}{axis}" for name in fields if name.startswith(("tau", "least"))]
+    return lines
+
+
+def _taken_apart(name: str, fields: Sequence[str], size: str) -> Lines:
+    """Lines that split [size, len(fields)] into its columns."""
+    halves = (fields[0::2], fields[1::2])
+    names = [half[0] or f"{name}_unused" if len(half) == 1 else f"{name}_{i}" for i, half in enumerate(halves)]
+    shaped = name if len(fields) == 2 else f"tl.reshape({name}, [{size}, {len(fields) // 2}, 2])"
+    lines = [f"{', '.join(names)} = tl.split({shaped})"]
+    for half, inner in zip(halves, names, strict=True):
+        lines += _taken_apart(inner, half, size) if len(half) > 1 and any(half) else []
+    return lines
+
+
+def record_puts(fields: Sequence[str], name: str = "record") -> Lines:
+    """Lines that make the record [ROWS, len(fields)] of columns [ROWS]."""
+    lines, halves = [], []
+    for i, half in enumerate((fields[0::2], fields[1::2])):
+        halves.append((half[0] or "nothing") if len(half) == 1 else f"{name}_{i}")
+        lines += record_puts(half, halves[-1]) if len(half) > 1 else []
+    joined = f"tl.join({', '.join(halves)})"
+    return [*lines, f"{name} = " + (joined if len(fields) == 2 else f"tl.reshape({joined}, [ROWS, {len(fields)}])")]
+
+
 def key_loads(gated: Iterable[int], axis: str) -> Lines:
     """Scores of the keys in ``column``; those that have none are not selected."""
     lines = []
@@ -30,8 +70,9 @@ def key_loads(gated: Iterable[int], axis: str) -> Lines:
     return lines
 
 
-def _gated(part: Any) -> list[int]:
-    return sorted({gate.number for gate in part.gates})
+def _gated(part: Any, kind: str) -> list[int]:
+    """The selections whose scores a tile loads itself; the loops over a selection's keys bring that one's."""
+    return sorted({gate.number for gate in part.gates} - {int(n) for n in kind.split()[1:]})
 
 
 def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool, scale: str = "scale") -> Lines:
@@ -62,7 +103,7 @@ def attend(printer: Any, part: Any, kind: str) -> Lines:
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
-        *key_loads(_gated(part.forward()), "[None, :]"),
+        *key_loads(_gated(part.forward(), kind), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", False, "scale" if sure is None else f"scale_{sure}"),
         "higher = tl.maximum(top, tl.max(score, 1))",
         "# Rows that have seen no key yet stay at -inf.",
@@ -92,7 +133,7 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
-        *key_loads(_gated(part), "[None, :]"),
+        *key_loads(_gated(part, kind), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", True),
         "p = exp_above(score, level[:, None], PRECISION) * share[:, None]",
         "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
@@ -112,13 +153,11 @@ def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
         "row = tl.minimum(row, length - 1)",
         "q = row[None, :]",
         "at = (b * heads + h) * length + row",
-        *row_loads(sorted({g.number for g in part.gates if g.through != "ste_identity"}), "[None, :]"),
         "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)",
         "d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)",
-        "level = tl.load(p_level + at)",
-        "share = tl.load(p_share + at, mask=m_row, other=0.0)",
-        "delta = tl.load(p_delta + at)",
-        *_SEEN_BY_KEYS[kind],
+        *record_loads(printer.shifted, "BLOCK_Q", "[None, :]"),
+        "share = tl.where(m_row, share, 0.0)",
+        *_SEEN_BY_KEYS[kind.split()[0]],
         *_scores(printer, part, kind, "key, tl.trans(query)", True),
         "p = exp_above(score, level[None, :], PRECISION) * share[None, :]",
         "d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)",

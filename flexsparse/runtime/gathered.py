@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from flexsparse.codegen.block_mask import block_lists
 from flexsparse.codegen.gathered import GatheredSource, load_module
+from flexsparse.codegen.gathering.tiles import row_fields
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops.causal import CausalSelection
@@ -21,6 +22,7 @@ from flexsparse.ops.selection import slot_table
 from flexsparse.runtime.chunked import Work
 from flexsparse.runtime.gathered_sizes import KERNELS, Sizes, padded, sizes_of
 from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.slot_records import slot_records
 from flexsparse.settings import CHUNK
 
 # Programs that keep every multiprocessor busy; spans of chunks are cut until there are so many.
@@ -112,17 +114,10 @@ class _Gathered(torch.autograd.Function):
         query, key, value, out, level, share, *scores = ctx.saved_tensors
         call, shapes = ctx.call, ctx.call.shapes
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-        delta = torch.empty_like(level)
-        blocks = (-(-shapes.q_len // 32), shapes.heads, shapes.batch)
         strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
-        launch(
-            call.module.row_products, blocks, p_out=out, p_d_out=d_out, **strides, p_d_lse=d_lse.contiguous(),
-            p_share=share, p_delta=delta, length=shapes.q_len, heads=shapes.heads, VALUE_DIM=shapes.value_dim,
-            BLOCK_V=padded(shapes.value_dim), ROWS=32,
-        )  # fmt: skip
         arguments = _arguments(call, query, key, value, tuple(scores), ctx.tables)
-        arguments |= {"p_d_out": d_out, "p_level": level, "p_share": share, "p_delta": delta}
-        arguments |= strides
+        rows = _row_records(call, arguments, out, d_out, d_lse, level, share)
+        arguments |= {"p_d_out": d_out, "p_rows": rows, **strides}
         pairs = (shapes.batch, shapes.kv_heads, shapes.kv_len)
         d_key = torch.empty_like(key, memory_format=torch.contiguous_format)
         d_value = torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -158,6 +153,28 @@ class _Gathered(torch.autograd.Function):
         found = [_over_heads(d_u[n], call.values[f"u_{n}"]) for n in call.source.gated]
         found += [_over_heads(d_tau[n], call.values[f"tau_{n}"]) for n in call.source.shifted]
         return None, None, d_query, d_key, d_value, *found
+
+
+def _row_records(
+    call: GatheredCall,
+    arguments: Mapping[str, Any],
+    out: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor,
+    level: Tensor,
+    share: Tensor,
+) -> Tensor:
+    """``row_fields`` of every query: [B, H, S, fields] float32."""
+    shapes, shifted = call.shapes, call.source.shifted
+    rows = level.new_empty(*level.shape, len(row_fields(shifted)))
+    thresholds = {f"{what}_{n}": arguments[f"{what}_{n}"] for n in shifted for what in _THRESHOLDS}
+    strides = dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))
+    launch(
+        call.module.row_products, (-(-shapes.q_len // 32), shapes.heads, shapes.batch), p_out=out, p_d_out=d_out,
+        **strides, p_d_lse=d_lse.contiguous(), p_level=level, p_share=share, p_rows=rows, length=shapes.q_len,
+        heads=shapes.heads, **thresholds, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim), ROWS=32,
+    )  # fmt: skip
+    return rows
 
 
 def _forward(call: GatheredCall, query: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
@@ -204,7 +221,8 @@ def _gather_slots(
         launch(getattr(call.module, f"join_spans_{n}"), (blocks, pairs), **forward, **own, **constants)
 
 
-_GRADIENTS = ("p_d_out", "p_level", "p_share", "p_delta", "stride_ob", "stride_oh", "stride_os")
+_GRADIENTS = ("p_d_out", "p_rows", "stride_ob", "stride_oh", "stride_os")
+_THRESHOLDS = ("p_tau", "p_least", "heads", "group")
 
 
 def _arguments(
@@ -221,16 +239,19 @@ def _arguments(
         made |= {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate("bhs")}
     made |= {"length": shapes.q_len, "heads": shapes.heads, "group": shapes.heads // shapes.kv_heads}
     made["n_chunks"] = call.chunks
-    gates = dict(zip([*(f"u_{n}" for n in source.gated), *(f"tau_{n}" for n in source.shifted)], scores, strict=True))
+    names = [*(f"u_{n}" for n in source.gated), *(f"tau_{n}" for n in source.shifted)]
+    gates = {name: tensor.float().contiguous() for name, tensor in zip(names, scores, strict=True)}
     for n, (k, after) in enumerate(zip(call.ks, call.afters, strict=True)):
         birth, death, slot = (values[f"{what}_{n}"] for what in ("birth", "death", "slot"))
         table = slot_table(CausalSelection(birth, death, slot), k, CHUNK) if tables is None else tables[n]
         made |= {f"p_birth_{n}": birth, f"p_death_{n}": death, f"p_slots_{n}": table, f"p_next_{n}": table}
+        own = gates.get(f"u_{n}") if n in source.slot_gates[n] else None
+        made[f"p_records_{n}"] = slot_records(table, death, own, CHUNK)
         made |= {f"heads_{n}": birth.shape[1], f"group_{n}": shapes.heads // birth.shape[1]}
         made |= {f"k_{n}": k, f"after_{n}": after}
         if n in source.shifted:
             made[f"p_least_{n}"] = values[f"least_{n}"].float().contiguous()
-    made |= {f"p_{name}": tensor.float().contiguous() for name, tensor in gates.items()}
+    made |= {f"p_{name}": tensor for name, tensor in gates.items()}
     for name, dims in source.captured:
         tensor = values[name]
         made |= {f"p_of_{name}": tensor, **{f"of_{name}_stride_{d}": tensor.stride(d) for d in range(dims)}}

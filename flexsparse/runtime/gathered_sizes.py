@@ -30,7 +30,10 @@ _TRIED = {
         *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2), Sizes(CHUNK, 64, 4, 1)),
         *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
-    "query": (Sizes(CHUNK, 32, 4, 2), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
+    "query": (
+        *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2)),
+        *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
+    ),
     "key": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
     "slot": (Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
 }
