@@ -16,8 +16,8 @@ from flexsparse.runtime.chunked import Work
 from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.gathered_sizes import FEW_FEATURES, FEW_REGISTERS, KERNELS, Sizes, fitting, sizes_of
 from flexsparse.runtime.inputs import Shapes
-from flexsparse.runtime.tuned import ROWS
-from flexsparse.settings import CHUNK, Settings
+from flexsparse.runtime.tuned import ROWS, steps_and_keys
+from flexsparse.settings import Settings
 
 # Milliseconds of the pass that a kernel belongs to, with these sizes for it; inf where it cannot be built.
 Measure = Callable[[str, Sizes], float]
@@ -38,8 +38,7 @@ class Trial:
 
 def candidates(kernel: str, shapes: Shapes) -> list[Sizes]:
     """What is tried: first the sizes that are used today, then all others that fit the GPU's shared memory."""
-    queries = (CHUNK,) if kernel in ROWS else (16, 32, CHUNK)
-    made = tuple(Sizes(*x) for x in itertools.product(queries, (16, 32, 64, 128), (4, 8), (1, 2, 3)))
+    made = tuple(Sizes(*x) for x in itertools.product(*steps_and_keys(kernel), (4, 8), (1, 2, 3)))
     if kernel in ROWS and max(shapes.head_dim, shapes.value_dim) <= FEW_FEATURES:
         made += tuple(replace(sizes, registers=FEW_REGISTERS) for sizes in made if sizes.warps == 4)
     return list(dict.fromkeys((sizes_of(kernel, shapes), *fitting(kernel, made, shapes))))

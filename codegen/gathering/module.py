@@ -92,6 +92,8 @@ delta = tl.where(share == 0.0, 0.0, delta)
 
 _ROWS = (
     """
+# A tile of the block mask is cut into whole parts.
+tl.static_assert(BLOCK_M % BLOCK_N == 0)
 chunk = tl.program_id(0)
 # Heads times their strides can pass 32 bits.
 h = tl.program_id(1).to(tl.int64)
@@ -297,6 +299,7 @@ d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     )
     keys = (
         """
+tl.static_assert((BLOCK_M % BLOCK_N == 0) & (BLOCK_M % BLOCK_Q == 0))
 first = tl.program_id(0) * BLOCK_N
 kv_head = tl.program_id(1).to(tl.int64)
 b = tl.program_id(2).to(tl.int64)

@@ -94,6 +94,8 @@ stop = tl.minimum(begin + span, n_chunks)
         + "chunk = begin\nwhile chunk < stop:\n"
         + "    # No slot of the block changes before this chunk.\n"
         + "    until = tl.minimum(tl.load(next_change + chunk), stop)\n"
+        + f"    now = tl.load(table + tl.minimum(until, n_chunks - 1) * k_{n}, mask=m_slot, other=-1)\n"
+        + "    now = tl.where(until < stop, now, holder)\n"
         + "    column = tl.maximum(holder, 0)\n    kv = column[:, None]\n"
         + "    key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, "
         "BLOCK_D)\n"
@@ -109,14 +111,13 @@ stop = tl.minimum(begin + span, n_chunks)
         + "        h = kv_head * group + step % group\n"
         + "        first_row = chunk * BLOCK_M + step // group * BLOCK_Q\n"
         + indented(known(body, "q < gone"), 8)
-        + f"\n    now = tl.load(table + tl.minimum(until, n_chunks - 1) * k_{n}, mask=m_slot, other=-1)\n"
-        + "    now = tl.where(until < stop, now, holder)\n"
-        + "    changed = now != holder\n    left = changed & (holder >= 0)\n"
-        + "    if SPANS == 1:\n"
-        + put("left", " " * 8)
-        + "    else:\n"
-        + put("left & ~initial", " " * 8)
-        + put_end(0, "left & initial", " " * 8)
+        + "\n    changed = now != holder\n    left = changed & (holder >= 0)\n"
+        + "    first_here = initial & (SPANS > 1)\n"
+        + "    # Few slots change at a time, and their keys seldom are of both kinds.\n"
+        + "    if tl.max((left & ~first_here).to(tl.int32), 0) > 0:\n"
+        + put("left & ~first_here", " " * 8)
+        + "    if tl.max((left & first_here).to(tl.int32), 0) > 0:\n"
+        + put_end(0, "left & first_here", " " * 8)
         + "    d_key = tl.where(changed[:, None], 0.0, d_key)\n"
         + "    d_value = tl.where(changed[:, None], 0.0, d_value)\n"
         + zero

@@ -27,6 +27,8 @@ from flexsparse.settings import CHUNK
 
 # Programs that keep every multiprocessor busy; spans of chunks are cut until there are so many.
 _BUSY = 512
+# Slots whose spans one program joins: more would not fit its registers.
+_JOINED = 16
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ def _gather_slots(
     launch(getattr(call.module, f"slot_gradient_{n}"), (blocks, spans, pairs), **arguments, **own, **constants)
     if spans > 1:
         forward = {name: x for name, x in arguments.items() if name not in _GRADIENTS}
-        launch(getattr(call.module, f"join_spans_{n}"), (blocks, pairs), **forward, **own, **constants)
+        constants = _constants(replace(sizes, keys=_JOINED, registers=0), shapes)
+        launch(getattr(call.module, f"join_spans_{n}"), (-(-k // _JOINED), pairs), **forward, **own, **constants)
 
 
 _GRADIENTS = ("p_d_out", "p_rows", "stride_ob", "stride_oh", "stride_os")

@@ -23,19 +23,20 @@ _LEAST_SHARED = 101_376
 
 
 # From the fastest on; the first that fits is taken. With few registers three blocks share a multiprocessor rather than
-# two, which pays for rows of up to 128 features.
+# two, which pays for rows of up to 128 features; where a third stage would cost a block its place, it is not taken.
 FEW_REGISTERS, FEW_FEATURES = 168, 128
+_BLOCKS = 3
 _TRIED = {
     "forward": (
-        *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2), Sizes(CHUNK, 64, 4, 1)),
-        *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
+        *(Sizes(CHUNK, 32, 4, 3, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2)),
+        *(Sizes(CHUNK, 64, 4, 1), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
     "query": (
         *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2)),
         *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
     "key": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
-    "slot": (Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
+    "slot": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
 }
 # Products of float32 are not those of tensor cores: smaller tiles compile in seconds rather than in half a minute.
 _TRIED_WIDE = {
@@ -54,6 +55,7 @@ def sizes_of(kernel: str, shapes: Shapes, limit: int | None = None) -> Sizes:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
     tuned = tuned_sizes(place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)).get(kernel)
     limit = _shared_memory(shapes.device) if limit is None else limit
+    tried = tuple(s for s in tried if s.stages < 3 or _BLOCKS * shared_bytes(kernel, s, shapes) <= limit)
     found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes, limit)
     if not found:
         raise BackendError(

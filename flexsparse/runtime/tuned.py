@@ -109,13 +109,23 @@ def keep_tuned(place: Place, found: Mapping[str, Sizes]) -> pathlib.Path:
     return place.path
 
 
-def _checked(kernel: str, sizes: Sizes) -> Sizes:
-    """The sizes, if a kernel can have them: powers of two, steps that divide a chunk."""
-    powers = (sizes.queries, sizes.keys, sizes.warps)
-    whole = type(sizes.stages) is int and sizes.registers in (0, *range(32, 256, 8))
-    if not all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in powers) or not whole:
-        raise ValueError(f"{kernel}: {sizes}")
+def steps_and_keys(kernel: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ``queries`` and ``keys`` that a kernel can have: parts of a chunk, though of slots as many as it likes."""
     queries = (CHUNK,) if kernel in ROWS else (16, 32, CHUNK)
-    if sizes.queries not in queries or not 16 <= sizes.keys <= 256 or sizes.warps > 16 or not 1 <= sizes.stages <= 8:
+    return queries, (16, 32, CHUNK) if kernel != "slot" else (16, 32, 64, 128)
+
+
+def _checked(kernel: str, sizes: Sizes) -> Sizes:
+    """The sizes, if a kernel can have them."""
+    queries, keys = steps_and_keys(kernel)
+    whole = all(type(n) is int for n in (sizes.queries, sizes.keys, sizes.stages))
+    possible = sizes.warps in (1, 2, 4, 8, 16) and sizes.registers in (0, *range(32, 256, 8))
+    if (
+        not whole
+        or not possible
+        or sizes.queries not in queries
+        or sizes.keys not in keys
+        or not 1 <= sizes.stages <= 8
+    ):
         raise ValueError(f"{kernel}: {sizes}")
     return sizes

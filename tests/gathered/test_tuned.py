@@ -27,8 +27,8 @@ from flexsparse.runtime.inputs import Shapes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACE = tuned.Place("NVIDIA H200", "90", "3.6.0", 16, 64, 64)
 SHAPES = Shapes(1, 16, 4, 4096, 4096, 64, 64, torch.bfloat16, torch.device("cuda", 0))
-WIDE = Sizes(64, 128, 8, 3)
-FOUND = {"forward": WIDE, "query": WIDE, "key": Sizes(16, 64, 8, 1), "slot": Sizes(64, 32, 4, 3)}
+WIDE = Sizes(64, 64, 8, 6)
+FOUND = {"forward": WIDE, "query": WIDE, "key": Sizes(16, 64, 8, 1), "slot": Sizes(64, 128, 4, 3)}
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,22 @@ def test_what_does_not_fit_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> No
     tuned.keep_tuned(PLACE, FOUND)
     monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 101_376)
     assert gathered_sizes.shared_bytes("forward", WIDE, SHAPES) > 101_376
-    assert sizes_of("forward", SHAPES) == gathered_sizes._TRIED["forward"][0]
+    assert sizes_of("forward", SHAPES) == Sizes(64, 32, 4, 2, gathered_sizes.FEW_REGISTERS)
     assert sizes_of("key", SHAPES) == FOUND["key"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_only_sizes_that_cover_every_tile_are_tried(kernel: str) -> None:
+    tried = tuning.candidates(kernel, SHAPES)
+    assert len(tried) > 10
+    assert kernel == "slot" or all(64 % sizes.keys == 0 for sizes in tried)
+    assert all(64 % sizes.queries == 0 for sizes in tried)
+
+
+def test_a_third_stage_is_taken_where_three_blocks_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sizes_of("forward", SHAPES).stages == 3
+    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 3 * 36_864 - 1)
+    assert sizes_of("forward", SHAPES).stages == 2
 
 
 def test_no_gpu_has_no_place() -> None:
@@ -84,8 +98,10 @@ def test_a_file_is_read_once_a_process() -> None:
     ("old", "new"),
     [
         ('"kernels"', '"kernel"'),
-        ('"keys": 128', '"keys": 100'),
-        ('"keys": 128', '"keys": "128"'),
+        ('"keys": 64', '"keys": 100'),
+        ('"keys": 64', '"keys": "64"'),
+        # Wider than the tiles of the block mask, which would be passed over.
+        ('"keys": 64', '"keys": 128'),
         ('"queries": 16', '"queries": 128'),
         ('"stages": 3', '"stages": 0'),
         ("NVIDIA H200", "NVIDIA H100"),

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
+from flexsparse.codegen.kernels.slot_records import slot_records
 from flexsparse.codegen.kernels.slot_sums import add_slot_sums
 from flexsparse.explorer.targets import find_target
 from flexsparse.ops import kernels
@@ -20,7 +21,7 @@ EXPECTED = {
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),
-    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill", "_slot_sums"),
+    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill", "_slot_sums", "_records"),
 }
 
 
@@ -37,7 +38,9 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: p
             u = torch.randn(2, size)
             _, lived = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
             assert lived is not None
-            kernels.slot_table(lived, 40, 16)
+            table = kernels.slot_table(lived, 40, 16)
+            for scores in (None, u):
+                slot_records(table, lived.death, scores, 16)
             points = torch.zeros(2, size, dtype=torch.long)
             kernels.threshold_gradient(u, u, points, points, 3, segments)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

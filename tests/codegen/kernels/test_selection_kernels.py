@@ -98,3 +98,28 @@ def test_rows_that_no_launch_can_hold_are_refused() -> None:
     u = torch.zeros(1, 1, device=DEVICE).expand(1, (1 << 24) + 1)
     with pytest.raises(ShapeError, match="u: got 16777217 scores in a row, expected at most 16777216 on a GPU"):
         kernels.select(u, 5, 0, None, thresholds=True, lifetimes=False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize(("size", "k", "after"), [(140, 20, 7), (70, 3, 0), (64, 1500, 0), (1, 1, 0)])
+def test_records_say_key_stay_and_score_of_every_slot(size: int, k: int, after: int, scored: bool) -> None:
+    from flexsparse.codegen.kernels.slot_records import slot_records
+    from flexsparse.runtime import slot_records as forms
+
+    u = torch.stack([draw("normal", size, seed) for seed in range(2)]).float()
+    u[0, size // 2] = torch.nan
+    ranges = causal.ranges_of(u, after, None)
+    found = causal.lifetimes(u, k, ranges)
+    table = causal.slot_table(found, min(k, size), 64)
+    scores = u if scored else None
+    wanted = forms.slot_records(table, found.death, scores, 64)
+    there = None if scores is None else scores.to(DEVICE)
+    same("records", slot_records(table.to(DEVICE), found.death.to(DEVICE), there, 64), wanted)
+    # Against the lifetimes themselves.
+    for row, chunk, slot in (table >= 0).nonzero().tolist():
+        key = int(table[row, chunk, slot])
+        stays = sum(int(found.death[row, key]) > q for q in range(64 * chunk, 64 * chunk + 64))
+        assert wanted[row, chunk, slot, 0] == key + (stays << 24)
+        assert not scored or torch.isnan(u[row, key]) or wanted[row, chunk, slot, 1].view(torch.float32) == u[row, key]
+    assert (wanted[table < 0] == 0).all()
