@@ -124,7 +124,8 @@ def _tiles(
     head = given["head"]
     if given["zoom"]:
         picture = drawn.pairs(head, *_zoom(given, drawn.shapes.q_len), cells)
-        return [Grid("", picture, "pairs")], [f"{picture.pairs:.1%} of the pairs shown are seen."]
+        why = reasons(drawn, head, picture, pairs=True) if with_reasons else None
+        return [Grid("", picture, "pairs", why)], [f"{picture.pairs:.1%} of the pairs shown are seen."]
     picture = drawn.tiles(head, cells)
     why = reasons(drawn, head, picture) if with_reasons else None
     panel = Grid("", picture, "tiles", why, block=drawn.bound.tiles.block)
@@ -144,7 +145,7 @@ def _heads(
         picture = (
             drawn.pairs(heads[0], *_zoom(given, drawn.shapes.q_len), small) if pairs else drawn.tiles(heads[0], small)
         )
-        why = reasons(drawn, heads[0], picture) if with_reasons and not pairs else None
+        why = reasons(drawn, heads[0], picture, pairs=pairs) if with_reasons else None
         block = 0 if pairs else drawn.bound.tiles.block
         panels.append(Grid(head_names(heads), picture, "pairs" if pairs else "tiles", why, block=block))
     notes = [] if len(groups) <= _HEADS else [f"The first {_HEADS} of {len(groups)} heads that differ are shown."]

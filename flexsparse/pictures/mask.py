@@ -91,7 +91,7 @@ class Drawable:
         queries, keys = range(self.shapes.q_len), range(self.shapes.kv_len)
         cell = (step * tiles.block, step * tiles.block)
         countable = len(queries) * len(keys) <= COUNTABLE[self.shapes.device.type]
-        shares = self._shares(head, queries, keys, cell) if countable else None
+        shares = self.shares(head, queries, keys, cell) if countable else None
         empty, full, total = (_pooled(kinds, step, kind) for kind in (EMPTY, FULL, None))
         pooled = torch.where(empty == total, EMPTY, torch.where(full == total, FULL, PARTIAL))
         made = (pooled, shares, queries, keys, cell, _counts(kinds))
@@ -102,7 +102,7 @@ class Drawable:
         """The pairs of a head in a window, at most ``cells`` rows and columns. Raises SettingError if too large."""
         check_window(self.shapes, queries, keys)
         cell = (-(-len(queries) // cells[0]), -(-len(keys) // cells[1]))
-        shares = self._shares(head, queries, keys, cell)
+        shares = self.shares(head, queries, keys, cell)
         return self._of_pairs(shares, queries, keys, cell)
 
     def values(
@@ -132,7 +132,7 @@ class Drawable:
         counts = (len(queries) * len(keys) - seen, 0, seen)
         return _picture(kinds, shares, queries, keys, cell, counts, values=values)
 
-    def _shares(self, head: int, queries: range, keys: range, cell: tuple[int, int]) -> Tensor:
+    def shares(self, head: int, queries: range, keys: range, cell: tuple[int, int]) -> Tensor:
         """The share of pairs seen in each cell, [rows, columns] float64, exactly 1 where all are."""
 
         def count(seen: Tensor, _: tuple[Tensor, ...]) -> Tensor:

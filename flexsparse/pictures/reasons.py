@@ -6,17 +6,18 @@ was proved of that part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, classify
-from flexsparse.ir.lower import lower
-from flexsparse.ir.nodes import Apply, Kind, Named, Node, PerHead, Scored, SelectionNode, Sunk, is_plain
-from flexsparse.ir.program import Program
+from flexsparse.codegen.flex import generate
+from flexsparse.ir.lower import ONE, SCORE, lower
+from flexsparse.ir.nodes import SIZE_SYMBOLS, Apply, Kind, Named, Node, PerHead, Scored, SelectionNode, Sunk, is_plain
+from flexsparse.ir.program import Program, table_name
 from flexsparse.ir.text import text
 from flexsparse.pictures.mask import Drawable, Picture, rows_of
 
@@ -42,14 +43,14 @@ class Part:
     number: int = -1
 
 
-def reasons(drawn: Drawable, head: int, picture: Picture) -> Reasons:
-    """The reason of every cell of a picture of tiles of this head."""
+def reasons(drawn: Drawable, head: int, picture: Picture, *, pairs: bool = False) -> Reasons:
+    """The reason of every cell of a picture of tiles, or of ``pairs``, of this head."""
     leaves: list[Node] = []
     whole = _parts(drawn.pattern, drawn.shapes.heads, head, leaves)
     if len(leaves) > _PARTS:
         whole, leaves = Part(text(drawn.pattern), number=0), [drawn.pattern]
-    cell = picture.cell[0]
-    found = [part_kinds(drawn, leaf, head, cell) for leaf in leaves]
+    kinds_of = _kinds_of_pairs if pairs else part_kinds
+    found = [kinds_of(drawn, leaf, head, picture) for leaf in leaves]
     vague = [undecided for _, undecided in found]
     code = torch.tensor(picture.kinds).long()
     for kinds, _ in found:
@@ -65,15 +66,27 @@ def reasons(drawn: Drawable, head: int, picture: Picture) -> Reasons:
     return Reasons(tuple(texts), rows_of(of))
 
 
-def part_kinds(drawn: Drawable, part: Node, head: int, cell: int) -> tuple[Tensor, bool]:
+def part_kinds(drawn: Drawable, part: Node, head: int, picture: Picture) -> tuple[Tensor, bool]:
     """The class of each cell under one part alone, [rows, columns] uint8, and whether PARTIAL may be another one."""
     program = lower(part)
-    sizes, buffers = drawn.shapes.sizes, _buffers(program, drawn)
-    tiles = classify(program.mask, sizes, buffers, block=cell, device=drawn.shapes.device, tables=program.tables)
+    sizes, device, buffers = drawn.shapes.sizes, drawn.shapes.device, _buffers(program, drawn)
+    tiles = classify(program.mask, sizes, buffers, block=picture.cell[0], device=device, tables=program.tables)
     return tiles.kinds[0, head if tiles.distinct_heads > 1 else 0].cpu(), tiles.undecided > 0
 
 
-def _buffers(program: Program, drawn: Drawable) -> Mapping[str, Any]:
+def _kinds_of_pairs(drawn: Drawable, part: Node, head: int, picture: Picture) -> tuple[Tensor, bool]:
+    """The same for a window of pairs, by evaluating each of them."""
+    program = replace(lower(part), score=SCORE, gate_k=ONE, gate_v=ONE, gate_logit=ONE)
+    generated = generate(program, text(part))
+    values = {name: drawn.bound.buffers[name] for name in SIZE_SYMBOLS} | _buffers(program, drawn)
+    for number, numbers in enumerate(program.tables):
+        values[table_name(number)] = torch.tensor(numbers, device=drawn.shapes.device)
+    mask = generated.build(**{name: values[name] for name in generated.arguments})["mask_mod"]
+    shares = replace(drawn, mask=mask).shares(head, picture.queries, picture.keys, picture.cell)
+    return (shares > 0).to(torch.uint8) + (shares == 1).to(torch.uint8), False
+
+
+def _buffers(program: Program, drawn: Drawable) -> dict[str, Any]:
     """What the program of a part reads, from the whole pattern's; selections have numbers of their own in each."""
     whole = drawn.compiled.program
     names = {spec.name for spec in program.tensors} | {topk.name for topk in program.chosen}

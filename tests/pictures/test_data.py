@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -52,9 +53,10 @@ def test_a_cell_is_empty_or_full_only_if_all_of_it_is(pattern: Pattern | str, ce
 def test_reasons_are_true_of_every_pair(pattern: Pattern | str) -> None:
     found = dense(pattern)
     masks: dict[str, torch.Tensor] = {}
-    for head in (0, found.drawn.shapes.heads - 1):
-        picture = found.drawn.tiles(head, (5, 5))
-        why = reasons(found.drawn, head, picture)
+    window = (range(3, 60), range(20, LENGTH))
+    for head, pairs in itertools.product((0, found.drawn.shapes.heads - 1), (False, True)):
+        picture = found.drawn.pairs(head, *window, (7, 11)) if pairs else found.drawn.tiles(head, (5, 5))
+        why = reasons(found.drawn, head, picture, pairs=pairs)
         for r, row in enumerate(picture.kinds):
             for c, kind in enumerate(row):
                 for claim in why.texts[why.of[r][c]].split("; "):
