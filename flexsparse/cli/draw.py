@@ -113,7 +113,9 @@ def _heat(panel: Grid, side: int, console: Console) -> RenderableType:
 
 def _curves(panel: Curves, console: Console) -> RenderableType:
     """Few lines as tall curves, each over the same range; more as one row of characters each."""
-    finite = [y for line in panel.lines for y in line.y if math.isfinite(y)] or [0.0]
+    finite = [y for line in panel.lines for y in line.y if math.isfinite(y)]
+    if not finite:
+        return Text(f"{panel.y_name} is nowhere finite", _DIM)
     low, high = min(finite), max(finite)
     label = max(len(_short(low)), len(_short(high)))
     parts: list[RenderableType] = []

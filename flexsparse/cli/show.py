@@ -36,12 +36,15 @@ def command(expression: str, as_json: bool, **given: Any) -> None:
     documents, lengths) are example data, made from --seed, unless --scores gives them.
 
     \b
-    Views:
+    Views (--view):
       tiles      the tiles of one head; with --zoom single pairs
       heads      one small picture for each head that differs
-      score      what becomes of a raw score, by distance; with --zoom, pair by pair
+      score      what becomes of --raw, by distance; with --zoom by pair
       gate       the soft gate of each pair, the greatest of a cell
-      selection  what is selected from when to when, in which slot, above which threshold
+      selection  which keys are selected when, in which slots, above what tau
+
+    Scores and gates are printed as numbers where they fit, some 9 keys wide. A page (--out FILE.html) says which part
+    of the pattern decides the tile under the pointer.
 
     \b
     Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,10 @@ def draw(expression: str, given: dict[str, Any], *, with_reasons: bool) -> Shown
     if view not in VIEWS:
         hint = did_you_mean(view, VIEWS)
         raise SettingError("--view", got=repr(view), expected=", ".join(VIEWS), mend=hint if "mean" in hint else "")
+    if not math.isfinite(given["raw"]):
+        raise SettingError("--raw", got=str(given["raw"]), expected="a finite score")
     drawn, example = _drawable(expression, given)
-    head = given["head"]
-    cells = _cells(given)
+    head, cells = given["head"], _cells(given)
     panels, notes = _PANELS[view](drawn, given, cells, with_reasons)
     shapes, block = drawn.shapes, drawn.bound.tiles.block
     facts = [("pattern", expression), ("shown", _caption(given, drawn, panels[0]))]

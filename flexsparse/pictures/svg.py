@@ -60,7 +60,7 @@ def _grid(panel: Grid, side: int, *, legend: bool) -> tuple[str, float, float]:
     picture = panel.picture
     rows, columns = len(picture.kinds), len(picture.kinds[0])
     cell = side / max(rows, columns)
-    left, top = 10 + _CHARACTER * len(str(picture.queries.stop - 1)), 2.2 * _LINE
+    left, top = 10 + _CHARACTER * len(str(picture.queries.stop - 1)), (2.2 if panel.title else 1.2) * _LINE
     parts = [_text(left, 14, panel.title, bold=True)] if panel.title else []
     keys = f"keys {picture.keys.start} to {picture.keys.stop - 1}"
     parts.append(_text(left, top - 6, keys, colour=colours.FAINT))

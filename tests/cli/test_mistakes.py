@@ -32,6 +32,12 @@ MISTAKES = {
     "window of at most 67,108,864 pairs",
     ("show", "sparsek(2)", "--length", "9000", "--view", "gate"): "--zoom: got 9,000 queries x 9,000 keys",
     ("show", "moba(64, 4)", "--length", "1000000"): "Take a shorter length, fewer heads or larger blocks.",
+    ("show", "causal + alibi", "--view", "score", "--raw", "nan"): "--raw: got nan, expected a finite score.",
+    ("show", "causal & ~causal + alibi", "--view", "score", "--query", "3"): "--query: got 3, which sees no key",
+    ("show", "causal", "--out", "x.htm"): "expected a file ending in .svg, .png, .html. Did you mean '.html'?",
+    ("show", "causal", "--out", "x"): "--out: got 'x', expected a file ending in .svg, .png, .html. For example",
+    ("show", "causal", "--out", "no-such-folder/x.svg"): "expected a file in a directory that exists",
+    ("show", "causal", "--cells", "2000"): "2000 is not in the range 8<=x<=1024",
     ("show", "causal", "--scores", "x.pt"): "--scores: got 'x.pt', expected a pattern that selects keys by scores",
     ("show", "sparsek(2)", "--scores", "score=x.pt"): "--scores: got 'score', expected the name of scores of the "
     "pattern. Did you mean 'scores'?",

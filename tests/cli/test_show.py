@@ -143,6 +143,23 @@ def test_bars_stand_where_keys_live(invoke: Invoke, tmp_path: pathlib.Path) -> N
     }
 
 
+def test_a_threshold_that_keeps_everything_is_said(invoke: Invoke) -> None:
+    assert "tau is nowhere finite" in invoke("show", "sparsek(8)", "--view", "selection", "--length", "8").out
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".html"])
+def test_pictures_go_to_files(suffix: str, invoke: Invoke, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / f"mask{suffix}"
+    answer = invoke("show", "causal() & sinks(4)", "--out", str(path), "--cells", "16")
+    assert (answer.code, answer.out, answer.err) == (0, "", f"note: the picture is in {path}\n")
+    assert "causal() &amp; sinks(4)" in path.read_text()
+    assert path.stat().st_mode & 0o444
+    assert [kept.name for kept in tmp_path.iterdir()] == [path.name]
+    wrong = invoke("show", "causal() & sinks(4)", "--length", "9", "--head", "9", "--out", str(path))
+    assert wrong.code == 2
+    assert "causal() &amp; sinks(4)" in path.read_text()
+
+
 SCORE_MISTAKES = {
     "none": (torch.zeros(3), "causal", "a pattern that selects keys by scores"),
     "length": (torch.zeros(3), "sparsek(2)", "got lengths of 3 and 64, expected one length"),
