@@ -13,7 +13,7 @@ from flexsparse.cli.show_scores import given_scores
 from flexsparse.errors import SettingError, did_you_mean
 from flexsparse.example_inputs import describe, example_captured, fitting_heads
 from flexsparse.pictures.curves import head_names, score_curves
-from flexsparse.pictures.elements import gate_parts, gate_pictures, score_picture
+from flexsparse.pictures.elements import gate_pictures, score_picture
 from flexsparse.pictures.figure import Figure, Grid, Panel
 from flexsparse.pictures.lifetimes import check_selects, lifetimes
 from flexsparse.pictures.mask import Drawable, check_window, drawable, square_shapes
@@ -50,6 +50,10 @@ def draw(expression: str, given: dict[str, Any], *, with_reasons: bool) -> Shown
     if view not in VIEWS:
         hint = did_you_mean(view, VIEWS)
         raise SettingError("--view", got=repr(view), expected=", ".join(VIEWS), mend=hint if "mean" in hint else "")
+    if given["zoom"] is not None and view == "selection":
+        raise SettingError("--zoom", got="one for --view selection", expected="another view, as this one has no pairs")
+    if given["query"] is not None and (view != "score" or given["zoom"] is not None):
+        raise SettingError("--query", got="one without curves", expected="--view score without --zoom")
     if not math.isfinite(given["raw"]):
         raise SettingError("--raw", got=str(given["raw"]), expected="a finite score")
     drawn, example = _drawable(expression, given)
@@ -216,11 +220,12 @@ def _caption(given: dict[str, Any], drawn: Drawable, panel: Panel) -> str:
             what += f", tiles of {block} x {block}"
             cells = "" if high == block else f"a cell is {high // block} x {wide // block} tiles"
     head = f"head {given['head']} of {heads}" if _differs(drawn, given["view"]) else "the same for every head"
-    return ", ".join(part for part in (what, cells, "" if given["view"] in ("heads", "score") else head) if part)
+    several = given["view"] == "heads" or (given["view"] == "score" and not given["zoom"])
+    return ", ".join(part for part in (what, cells, "" if several else head) if part)
 
 
 def _differs(drawn: Drawable, view: str) -> bool:
-    return drawn.heads_differ or (view == "gate" and bool(gate_parts(drawn.compiled.program)))
+    return drawn.heads_differ or view in ("gate", "score")
 
 
 def _by_head(drawn: Drawable) -> list[str]:

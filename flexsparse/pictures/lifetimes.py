@@ -56,8 +56,8 @@ def lifetimes(drawn: Drawable, number: int, head: int, *, bars: int, slots: int,
     found = CausalSelection(*(buffers[f"{name}_{number}"][0, row] for name in CausalSelection._fields))
     lived = (found.death - found.birth).long()
     some = int((lived > 0).sum())
-    kept = lived.sort(descending=True, stable=True).indices[: min(bars, some)].sort().values.tolist()
-    listed = [x.tolist() for x in (*found, scores)]
+    kept = lived.sort(descending=True, stable=True).indices[: min(bars, some)].sort().values
+    columns_of_bars = [x[kept].tolist() for x in (*found, scores)]
     chunk = -(-length // columns)
     table = slot_table(CausalSelection(*(x.unsqueeze(0) for x in found)), selection.k, chunk)[0]
     return Lifetimes(
@@ -65,7 +65,7 @@ def lifetimes(drawn: Drawable, number: int, head: int, *, bars: int, slots: int,
         length,
         selection.k,
         some,
-        tuple(Bar(key, *(column[key] for column in listed)) for key in kept),
+        tuple(Bar(*bar) for bar in zip(kept.tolist(), *columns_of_bars, strict=True)),
         tuple(tuple(line) for line in table.T[:slots].tolist()),
         chunk,
         _threshold(drawn, selection, scores, columns),

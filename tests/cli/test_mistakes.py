@@ -34,6 +34,8 @@ MISTAKES = {
     ("show", "moba(64, 4)", "--length", "1000000"): "Take a shorter length, fewer heads or larger blocks.",
     ("show", "causal + alibi", "--view", "score", "--raw", "nan"): "--raw: got nan, expected a finite score.",
     ("show", "causal & ~causal + alibi", "--view", "score", "--query", "3"): "--query: got 3, which sees no key",
+    ("show", "sparsek(2)", "--view", "selection", "--zoom", ":,:"): "--zoom: got one for --view selection",
+    ("show", "causal", "--query", "3"): "--query: got one without curves, expected --view score without --zoom.",
     ("show", "causal", "--out", "x.htm"): "expected a file ending in .svg, .png, .html. Did you mean '.html'?",
     ("show", "causal", "--out", "x"): "--out: got 'x', expected a file ending in .svg, .png, .html. For example",
     ("show", "causal", "--out", "no-such-folder/x.svg"): "expected a file in a directory that exists",
