@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -122,12 +123,12 @@ def _curves(panel: Curves, console: Console) -> RenderableType:
     if len(panel.lines) not in _TALL:
         side = max(len(line.name) for line in panel.lines)
         for line in panel.lines:
-            (row,) = _bars(line, console.width - side - 2, 1, low, high, console)
+            (row,) = _bars(panel.x, line, console.width - side - 2, 1, low, high, console)
             parts.append(Text(f"{line.name:<{side}}  ").append_text(row))
         return Group(*parts, Text(f"{_axis(panel)}; heights from {_short(low)} to {_short(high)}", _DIM))
     for line in panel.lines:
         parts.append(Text(line.name, "bold"))
-        rows = _bars(line, console.width - label - 3, _TALL[len(panel.lines)], low, high, console)
+        rows = _bars(panel.x, line, console.width - label - 3, _TALL[len(panel.lines)], low, high, console)
         labels = [_short(high), *[""] * (len(rows) - 2), _short(low)]
         parts += [Text(f"{name:>{label}}  ", _DIM).append_text(row) for name, row in zip(labels, rows, strict=True)]
     return Group(*parts, Text(" " * (label + 2) + _axis(panel), _DIM))
@@ -137,16 +138,25 @@ def _axis(panel: Curves) -> str:
     return f"{panel.y_name} against {panel.x_name} from {_short(panel.x[0])} to {_short(panel.x[-1])}"
 
 
-def _bars(line: Line, width: int, tall: int, low: float, high: float, console: Console) -> list[Text]:
-    """A line as columns that rise from its least value, ``tall`` characters high; a gap where there is no value.
+def _bars(
+    x: Sequence[float], line: Line, width: int, tall: int, low: float, high: float, console: Console
+) -> list[Text]:
+    """A line as columns at its x that rise from ``low``, ``tall`` characters high; a gap where there is no value.
 
     Of points that share a column the first with a value is drawn.
     """
     bars = _ASCII_EIGHTHS if render.is_plain(console) else _EIGHTHS
     rows = [Text() for _ in range(tall)]
-    step, times = -(-len(line.y) // max(width, 8)), max(1, width // len(line.y))
-    for first in range(0, len(line.y), step):
-        y = next((y for y in line.y[first : first + step] if not math.isnan(y)), math.nan)
+    span = (x[-1] - x[0]) or 1.0
+    least = min((later - one for one, later in itertools.pairwise(x)), default=span)
+    columns = min(max(width, 8), round(span / least) + 1)
+    times = max(1, width // columns)
+    shown: dict[int, float] = {}
+    for place, y in zip(x, line.y, strict=True):
+        if not math.isnan(y):
+            shown.setdefault(round((place - x[0]) / span * (columns - 1)), y)
+    for column in range(columns):
+        y = shown.get(column, math.nan)
         part = 0.0 if high == low else (min(max(y, low), high) - low) / (high - low)
         level = 0 if math.isnan(y) else 1 + round(part * (8 * tall - 1))
         for number, row in enumerate(reversed(rows)):

@@ -168,8 +168,10 @@ def _score(
         return [Grid(f"score of a raw {given['raw']:g}", picture, "pairs")], _of_cells(picture.cell)
     points = _PAGE_POINTS if given["out"] else 2 * cells[1]
     found = score_curves(drawn, given["query"], given["raw"], points)
-    what = "keys that the query sees" if found.x_name.startswith("distance") else "raw scores"
-    return [found], [f"{len(found.x)} {what} are evaluated, evenly spaced."]
+    if not found.x_name.startswith("distance"):
+        return [found], []
+    count = sum(not all(map(math.isnan, values)) for values in zip(*(line.y for line in found.lines), strict=True))
+    return [found], [f"{count} of the keys that the query sees are evaluated, evenly chosen among them."]
 
 
 def _gate(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flexsparse.errors import SettingError
 from flexsparse.ir.nodes import Opaque, Symbol, walk
@@ -40,7 +41,8 @@ def score_curves(drawn: Drawable, query: int | None, raw: float, points: int) ->
     """What the pattern makes of a raw score: at the keys that one query sees, by their distance q - kv.
 
     ``query`` None takes the last one, or the middle one where that sees keys behind it. At most ``points`` keys of
-    those that are seen by some head are evaluated, evenly spaced, the first and the last among them. A score that
+    those that are seen by some head are evaluated, evenly chosen, the first and the last among them; a key that none
+    sees stands between them where there is one, without a value. A score that
     depends on no index is drawn against raw scores from -60 to 60. Raises SettingError where the score is left as it
     is, and where the query sees no key.
     """
@@ -61,7 +63,7 @@ def score_curves(drawn: Drawable, query: int | None, raw: float, points: int) ->
     some = seen.any(0).nonzero().flatten()
     if not len(some):
         raise SettingError("--query", got=f"{at}, which sees no key", expected="a query that sees some key")
-    chosen = some[_spread(len(some), points)].flip(0)
+    chosen = _with_gaps(some[_spread(len(some), points)], (~seen.any(0)).nonzero().flatten()).flip(0)
     values = score_function(drawn, raw)(zero, heads, q, chosen).expand(len(heads), len(chosen))
     values = torch.where(seen[:, chosen], values, torch.nan)
     return Curves(
@@ -92,6 +94,15 @@ def _fitting_query(drawn: Drawable) -> int:
     behind = torch.arange(middle + 1, drawn.shapes.kv_len)
     zero, q = torch.tensor(0), torch.tensor(middle)
     return middle if bool(drawn.mask(zero, zero, q, behind).any()) else last
+
+
+def _with_gaps(chosen: Tensor, hidden: Tensor) -> Tensor:
+    """The chosen keys, with the first hidden one between two of them: no line is drawn across it."""
+    if not len(hidden):
+        return chosen
+    after = hidden[torch.searchsorted(hidden, chosen[:-1]).clamp(max=len(hidden) - 1)]
+    between = (after > chosen[:-1]) & (after < chosen[1:])
+    return torch.cat((chosen, after[between])).sort().values
 
 
 def _spread(count: int, points: int) -> list[int]:

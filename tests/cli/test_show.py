@@ -67,6 +67,16 @@ def test_numbers_of_a_corner(invoke: Invoke) -> None:
     ]
 
 
+def test_a_curve_leaves_a_gap_where_no_key_is_seen(invoke: Invoke) -> None:
+    text = "causal() & (sliding_window(8) | sinks(8)) + alibi()"
+    lines = invoke("show", text, "--length", "64", "--view", "score", "--heads", "1").out.splitlines()
+    lowest = next(line for number, line in enumerate(lines) if "against distance" in lines[number + 1])
+    bars = lowest.split("  ", 1)[1]
+    # 8 of 64 distances at either end.
+    assert [len(run) for run in bars.split()] == [8, 8]
+    assert len(bars) == 64
+
+
 @pytest.mark.parametrize("length", [1_000_000, 131_073])
 def test_a_million_tokens(length: int, invoke: Invoke) -> None:
     data = json.loads(invoke("show", "causal() & document()", "--length", str(length), "--json").out)

@@ -138,7 +138,12 @@ def test_curves_pass_through_every_evaluated_pair(text: str, query: int | None) 
     seen = found.mask(text)
     at = query if query is not None else (LENGTH // 2 if seen[0, LENGTH // 2, LENGTH // 2 + 1 :].any() else LENGTH - 1)
     assert curves.title == f"score of query {at}"
-    assert len(curves.x) == min(30, int(seen[:, at].any(0).sum()))
+    some = seen[:, at].any(0)
+    keys = [at - int(distance) for distance in curves.x]
+    assert sum(bool(some[key]) for key in keys) == min(30, int(some.sum()))
+    # A line that is drawn from one key to the next passes over seen keys alone.
+    for later, key in itertools.pairwise(keys):
+        assert not (some[key] and some[later]) or bool(some[key : later + 1].all())
     assert list(curves.x) == sorted(curves.x)
     lines = {head: line for line in curves.lines for head in _heads(line.name)}
     for head in range(4):
