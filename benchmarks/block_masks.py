@@ -141,9 +141,9 @@ def catalogue_rows(device: str) -> list[dict[str, Any]]:
     import torch
 
     import flexsparse as fs
-    from flexsparse.cli.picture import square_shapes
     from flexsparse.example_inputs import example_captured, fitting_heads
     from flexsparse.patterns import catalogue
+    from flexsparse.pictures.mask import square_shapes
     from flexsparse.pipeline import forget_tiles
 
     rows = []

@@ -35,7 +35,7 @@ LEVELS = (
         *("compiler", "execution", "traced", "explorer", "example_inputs", "block_masks"),
         *("tolerance", "measurement", "tuning", "doctor"),
     ),
-    ("nn",),
+    ("nn", "pictures"),
 )
 LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from flexsparse.cli.demo_input import DemoInput
     from flexsparse.cli.measure import Measured
-    from flexsparse.cli.picture import Drawable
     from flexsparse.compiler import CompiledAttention
     from flexsparse.explanation import Explanation
+    from flexsparse.pictures.mask import Drawable
     from flexsparse.tolerance import Comparison
 
 # On a CPU, and on a GPU.
@@ -125,7 +125,7 @@ def _source(given: dict[str, Any]) -> tuple[DemoInput, str]:
 
 
 def _drawable(attention: CompiledAttention, source: DemoInput, tensors: dict[str, Any]) -> Drawable:
-    from flexsparse.cli.picture import drawable, square_shapes
+    from flexsparse.pictures.mask import drawable, square_shapes
 
     shapes = square_shapes(source.length, source.heads, source.kv_heads, source.device)
     return drawable(attention, shapes, {"scores": tensors["scores"]})

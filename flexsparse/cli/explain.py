@@ -70,8 +70,8 @@ def _example_tiles(bound: BoundAttention, seed: int) -> TileCounts | None:
 
     import torch
 
-    from flexsparse.cli.picture import drawable
     from flexsparse.example_inputs import example_captured
+    from flexsparse.pictures.mask import drawable
     from flexsparse.plan import count_tiles
 
     shapes = replace(bound.plan.shapes, device=torch.device("cpu"))

@@ -11,8 +11,8 @@ from flexsparse.cli import options as shared
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from flexsparse.cli.picture import Drawable
     from flexsparse.expression import Expression, Pattern
+    from flexsparse.pictures.mask import Drawable
 
 # Pictures are of this many queries and keys, cut down to so many rows and columns of characters.
 _LENGTH, _CELLS = 192, (6, 12)
@@ -104,8 +104,8 @@ def _drawing(example: Expression, seed: int, console: Console) -> tuple[Renderab
 
 def _drawable(pattern: Pattern, seed: int) -> Drawable:
     import flexsparse
-    from flexsparse.cli.picture import drawable, square_shapes
     from flexsparse.example_inputs import example_captured, fitting_heads
+    from flexsparse.pictures.mask import drawable, square_shapes
 
     attention = flexsparse.compile(pattern, backend="chunked")
     shapes = square_shapes(_LENGTH, fitting_heads(pattern.node, 4))

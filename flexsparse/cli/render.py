@@ -20,9 +20,9 @@ from rich.text import Text
 from flexsparse.cli.group import discard_output
 
 if TYPE_CHECKING:
-    from flexsparse.cli.picture import Picture
     from flexsparse.explanation import Explanation
     from flexsparse.hardware import Hardware
+    from flexsparse.pictures.mask import Picture
 
 # By kind: EMPTY, PARTIAL, FULL. A partial cell is shaded by its share of pairs where that is known.
 _UNICODE = ("·", "░▒▓", "█")
@@ -52,9 +52,10 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, emoji=False, markup=False)
 
 
-def cells() -> tuple[int, int]:
-    """How many rows and columns of cells a picture has on the console of results."""
-    return WIDEST, max(8, min(WIDEST, (stdout().width - 12) // 2))
+def cells(wanted: int | None = None) -> tuple[int, int]:
+    """How many rows and columns of cells a picture has on the console of results, WIDEST unless asked for more."""
+    rows = wanted or WIDEST
+    return rows, max(8, min(rows, (stdout().width - 12) // 2))
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def code(text: str, console: Console, language: str = "python") -> RenderableTyp
 
 def mask(picture: Picture, console: Console) -> RenderableType:
     """The cells of a picture, two columns each, with the queries down the side and the keys along the top."""
-    glyphs = _ASCII if _plain(console) else _UNICODE
+    glyphs = _ASCII if is_plain(console) else _UNICODE
     side = len(str(picture.queries.stop - 1))
     first, last = str(picture.keys.start), str(picture.keys.stop - 1)
     wide = 2 * len(picture.kinds[0])
@@ -114,43 +115,42 @@ def mask(picture: Picture, console: Console) -> RenderableType:
         label = str(start) if number % 4 == 0 else ""
         line = Text(f"{label:>{side}}  ", style="bright_black")
         for column, kind in enumerate(kinds):
-            share = None if picture.shares is None else picture.shares[number][column]
-            line.append(2 * _glyph(glyphs, kind, share), style=_STYLES[kind])
+            line.append(2 * _glyph(glyphs, kind, _share(picture, number, column)), style=_STYLES[kind])
         lines.append(line)
     return Text("\n").join(lines)
 
 
-def legend(picture: Picture, unit: str, console: Console) -> Text:
-    """What the characters mean, with the number of tiles or pairs of each kind. ``unit`` is "tiles" or "pairs"."""
-    glyphs = _ASCII if _plain(console) else _UNICODE
-    empty, partial, full = picture.counts
+def legend(picture: Picture, unit: str, console: Console, *, counted: bool = True) -> Text:
+    """What the characters mean, ``counted`` with the tiles or pairs of each kind. ``unit`` is "tiles" or "pairs"."""
+    glyphs = _ASCII if is_plain(console) else _UNICODE
+    counts = [f" {count:,}" if counted else "" for count in picture.counts]
     words = ("empty", "partial", "full") if unit == "tiles" else ("hidden", "partly seen", "seen")
-    text = Text()
-    text.append(2 * glyphs[2], style=_STYLES[2]).append(f" {words[2]} {full:,}   ")
+    entries = [Text(2 * glyphs[2], _STYLES[2]).append(f" {words[2]}{counts[2]}", "default")]
     if unit == "tiles" or picture.cell != (1, 1):
-        shades = glyphs[1] if picture.shares is not None else glyphs[1][1]
-        text.append(" ".join(2 * g for g in shades), style=_STYLES[1])
-        text.append(f" {words[1]}{f' {partial:,}' if unit == 'tiles' else ''}")
-        text.append(", by share of pairs   " if picture.shares is not None else "   ")
-    return text.append(2 * glyphs[0], style=_STYLES[0]).append(f" {words[0]} {empty:,}")
+        by = "pairs" if picture.shares is not None else "tiles computed" if picture.computed_shares is not None else ""
+        shades = Text(" ".join(2 * g for g in (glyphs[1] if by else glyphs[1][1])), _STYLES[1])
+        shades.append(f" {words[1]}{counts[1] if unit == 'tiles' else ''}", "default")
+        entries.append(shades.append(f", by share of {by}" if by else "", "default"))
+    entries.append(Text(2 * glyphs[0], _STYLES[0]).append(f" {words[0]}{counts[0]}", "default"))
+    whole = Text("   ").join(entries)
+    return whole if whole.cell_len <= console.width else Text("\n").join(entries)
 
 
-def thumbnail(picture: Picture, console: Console) -> Text:
-    """The cells of a picture, one column each."""
-    glyphs = _ASCII if _plain(console) else _UNICODE
+def thumbnail(picture: Picture, console: Console, wide: int = 1) -> Text:
+    """The cells of a picture, ``wide`` columns each."""
+    glyphs = _ASCII if is_plain(console) else _UNICODE
     lines = []
     for number, kinds in enumerate(picture.kinds):
         line = Text()
         for column, kind in enumerate(kinds):
-            share = None if picture.shares is None else picture.shares[number][column]
-            line.append(_glyph(glyphs, kind, share), style=_STYLES[kind])
+            line.append(wide * _glyph(glyphs, kind, _share(picture, number, column)), style=_STYLES[kind])
         lines.append(line)
     return Text("\n").join(lines)
 
 
 def sparkline(values: Sequence[float], console: Console) -> Text:
     """Numbers as a row of bars, from the least to the greatest."""
-    bars = _ASCII_BARS if _plain(console) else _BARS
+    bars = _ASCII_BARS if is_plain(console) else _BARS
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     spread = (high - low) or 1.0
@@ -195,7 +195,7 @@ def verdict(holds: bool, text: str) -> Text:
 
 def share(value: float, holds: bool, console: Console) -> Text:
     """A bar from 0 to the whole of what is allowed, with the number."""
-    full, rest = ("#", ".") if _plain(console) else ("█", "·")
+    full, rest = ("#", ".") if is_plain(console) else ("█", "·")
     filled = min(10, round(10 * value)) if holds else 10
     text = Text(full * filled, "green" if holds else "red").append(rest * (10 - filled), "bright_black")
     return text.append(f" {value:.2f}" if holds else f" {value:.3g} FAILS", "default" if holds else "bold red")
@@ -222,7 +222,13 @@ def _glyph(glyphs: tuple[str, str, str], kind: int, share: float | None) -> str:
     return glyphs[1][1 if share is None else min(2, int(3 * share))]
 
 
-def _plain(console: Console) -> bool:
+def _share(picture: Picture, row: int, column: int) -> float | None:
+    """How dark a partial cell is: by its pairs, or by its tiles where the pairs are too many to count."""
+    shares = picture.shares or picture.computed_shares
+    return None if shares is None else shares[row][column]
+
+
+def is_plain(console: Console) -> bool:
     """Whether the output cannot carry more than ASCII."""
     return console.options.ascii_only or not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
 

@@ -22,6 +22,27 @@ MISTAKES = {
     ("show", "causal", "--zoom", "5:3,0:9"): "--zoom: got '5:3,0:9', expected q0:q1,kv0:kv1 with 0 <= start < stop",
     ("show", "causal", "--zoom", "here"): "--zoom: got 'here'",
     ("show", "causal", "--head", "7"): "--head: got 7, expected 0 to 3, as there are 4 heads.",
+    ("show", "causal", "--view", "headz"): "--view: got 'headz', expected tiles, heads, score, gate, selection. "
+    "Did you mean 'heads'?",
+    ("show", "causal", "--view", "gate"): "--view: got 'gate' for a pattern without one",
+    ("show", "causal", "--view", "score"): "--view: got 'score' for a pattern that leaves scores as they are",
+    ("show", "causal", "--view", "selection"): "--view: got 'selection' for a pattern that selects no keys by scores",
+    ("show", "causal + alibi", "--view", "score", "--query", "1024"): "--query: got 1024, expected 0 to 1023.",
+    ("show", "causal", "--length", "1000000", "--zoom", ":,:"): "got 1,000,000 queries x 1,000,000 keys, expected a "
+    "window of at most 67,108,864 pairs",
+    ("show", "sparsek(2)", "--length", "9000", "--view", "gate"): "--zoom: got 9,000 queries x 9,000 keys",
+    ("show", "moba(64, 4)", "--length", "1000000"): "Take a shorter length, fewer heads or larger blocks.",
+    ("show", "causal + alibi", "--view", "score", "--raw", "nan"): "--raw: got nan, expected a finite score.",
+    ("show", "causal & ~causal + alibi", "--view", "score", "--query", "3"): "--query: got 3, which sees no key",
+    ("show", "sparsek(2)", "--view", "selection", "--zoom", ":,:"): "--zoom: got one for --view selection",
+    ("show", "causal", "--query", "3"): "--query: got one without curves, expected --view score without --zoom.",
+    ("show", "causal", "--out", "x.htm"): "expected a file ending in .svg, .png, .html. Did you mean '.html'?",
+    ("show", "causal", "--out", "x"): "--out: got 'x', expected a file ending in .svg, .png, .html. For example",
+    ("show", "causal", "--out", "no-such-folder/x.svg"): "expected a file in a directory that exists",
+    ("show", "causal", "--cells", "2000"): "2000 is not in the range 8<=x<=1024",
+    ("show", "causal", "--scores", "x.pt"): "--scores: got 'x.pt', expected a pattern that selects keys by scores",
+    ("show", "sparsek(2)", "--scores", "score=x.pt"): "--scores: got 'score', expected the name of scores of the "
+    "pattern. Did you mean 'scores'?",
     ("explain", "causal", "--dtype", "f32"): "--dtype: got 'f32', expected float64, float32, bfloat16, float16.",
     ("explain", "causal", "--dtype", "bfloat61"): "Did you mean 'bfloat16'?",
     ("explain", "causal", "--device", "cudda"): "--device: got 'cudda', expected cpu, cuda or cuda:N. "

@@ -9,13 +9,13 @@ import torch
 
 import flexsparse
 from flexsparse.cli import render
-from flexsparse.cli.picture import Drawable, drawable, square_shapes
 from flexsparse.dense import dense_mask
 from flexsparse.example_inputs import example_call, example_captured, fitting_heads, learned_names
 from flexsparse.expression import Pattern
 from flexsparse.ir.nodes import mentions
 from flexsparse.language import everything
 from flexsparse.patterns import catalogue
+from flexsparse.pictures.mask import Drawable, drawable, square_shapes
 from flexsparse.tolerance import evaluate
 
 CASES = [

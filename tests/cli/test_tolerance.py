@@ -11,10 +11,10 @@ import torch
 
 import flexsparse
 from flexsparse import tolerance
-from flexsparse.cli.picture import square_shapes
 from flexsparse.compiler import CompiledAttention
 from flexsparse.dense import reference
 from flexsparse.example_inputs import example_call
+from flexsparse.pictures.mask import square_shapes
 from flexsparse.tolerance import Call, Comparison, compare, evaluate, judge
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
