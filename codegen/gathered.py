@@ -28,7 +28,7 @@ from flexsparse.codegen.gathering.tiles import attend, gradient_of_keys, gradien
 from flexsparse.codegen.triton_text import TritonText
 from flexsparse.files import cache_home, write_whole
 from flexsparse.ir.derivative import derivative
-from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, rebuild, walk
+from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Load, Node, Symbol, mentions, replaced, walk
 from flexsparse.ir.program import Gate, Program, Selected
 from flexsparse.ir.simplify import simplify
 from flexsparse.ir.text import text
@@ -73,13 +73,7 @@ def can_gather(program: Program) -> bool:
 
 def near_mask(program: Program) -> Node:
     """What the pattern allows whatever is selected; masks never fall as selections grow."""
-    return simplify(_replaced(program.mask, {n: FALSE for n in walk(program.mask) if isinstance(n, Selected)}))
-
-
-def _replaced(node: Node, known: Mapping[Node, Node]) -> Node:
-    if node in known:
-        return known[node]
-    return rebuild(node, tuple(_replaced(child, known) for child in node.children))
+    return simplify(replaced(program.mask, {n: FALSE for n in walk(program.mask) if isinstance(n, Selected)}))
 
 
 def _operands(op: str, node: Node) -> list[Node]:
@@ -110,12 +104,12 @@ class _Part:
     def forward(self) -> _Part:
         """Straight-through gates are 1; only their derivatives know better."""
         ones: dict[Node, Node] = {gate: _ONE for gate in self.gates if gate.through}
-        return _Part(*(simplify(_replaced(e, ones)) for e in self.expressions))
+        return _Part(*(simplify(replaced(e, ones)) for e in self.expressions))
 
 
 def _part(program: Program, mask: Node, known: Mapping[Node, Node]) -> _Part:
     rest = (program.score, program.gate_k, program.gate_v, program.gate_logit)
-    return _Part(simplify(mask), *(simplify(_replaced(e, known)) for e in rest))
+    return _Part(simplify(mask), *(simplify(replaced(e, known)) for e in rest))
 
 
 def _parts(program: Program) -> dict[str, _Part]:
@@ -132,7 +126,7 @@ def _parts(program: Program) -> dict[str, _Part]:
 
 def selected_mask(program: Program, near: Node, n: int) -> Node:
     """What else must hold for a pair in selection ``n`` to be seen and to belong to no part before it."""
-    mask = _replaced(program.mask, _held(near, n))
+    mask = replaced(program.mask, _held(near, n))
     for other in (*(Selected(m) for m in range(n)), *_possible(near, program.selections[n].after)):
         mask = Apply("and", (mask, Apply("not", (other,))))
     return simplify(mask)
@@ -226,9 +220,9 @@ class _Printer:
         now = part.forward()
 
         def printed(node: Node) -> str:
-            return self.text.emit(simplify(_replaced(node, ones)))
+            return self.text.emit(simplify(replaced(node, ones)))
 
-        inner = simplify(_replaced(derivative(part.score, Symbol("score")), ones))
+        inner = simplify(replaced(derivative(part.score, Symbol("score")), ones))
         lines = ["d_raw = d_score"]
         if inner != _ONE:
             # The derivative is taken where the score expression is, at raw * gate_k.

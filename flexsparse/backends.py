@@ -8,6 +8,7 @@ from flexsparse import _torch
 from flexsparse.errors import BackendError
 from flexsparse.ir.nodes import Constant
 from flexsparse.ir.program import Program
+from flexsparse.ir.residues import split_residues
 from flexsparse.runtime.gathered_sizes import KERNELS, sizes_of
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.verdict import Verdict
@@ -86,6 +87,44 @@ def _gather_flex_eager(program: Program, shapes: Shapes) -> Verdict:
     return Verdict(False, unfit) if unfit else Verdict(True, "Dense and slow: for debugging functions of rows.")
 
 
+def unfit_for_residues(program: Program, shapes: Shapes) -> str:
+    """Why positions cannot be reordered by residue class; empty where they can."""
+    if program.selections or program.chosen or program.opaque:
+        return "Selections and functions that could not be traced are not reordered by residue class."
+    split = split_residues(program)
+    if split is None:
+        return "The mask has no condition such as (q - kv) % 4 == 0, by which positions could be reordered."
+    if shapes.q_len != shapes.kv_len or shapes.q_offset:
+        return "Positions are reordered where there are as many queries as keys, from position 0 on."
+    if shapes.q_len % split.modulus:
+        return (
+            f"A length of {shapes.q_len} is no multiple of {split.modulus}: pad it, so that classes are equally long."
+        )
+    return ""
+
+
+def _residue_flex(program: Program, shapes: Shapes) -> Verdict:
+    unfit = unfit_for_residues(program, shapes)
+    if unfit:
+        return Verdict(False, unfit)
+    split = split_residues(program)
+    assert split is not None
+    flex = _flex(program, shapes)
+    if not flex.holds:
+        return flex
+    if shapes.device.type == "cpu":
+        if split.rest is not None:
+            return Verdict(False, "Two calls are joined by their LSE, which compiled CPU FlexAttention does not give.")
+        return flex
+    calls = "and another call for pairs of two classes" if split.rest is not None else "all pairs are of one class"
+    return Verdict(True, f"FlexAttention over positions reordered by residue modulo {split.modulus}; {calls}.")
+
+
+def _residue_flex_eager(program: Program, shapes: Shapes) -> Verdict:
+    unfit = unfit_for_residues(program, shapes)
+    return Verdict(False, unfit) if unfit else Verdict(True, "Dense and slow: for debugging reordered functions.")
+
+
 def _flex_eager(program: Program, shapes: Shapes) -> Verdict:
     return Verdict(True, "Dense and slow: for debugging generated functions at small sizes.")
 
@@ -102,6 +141,8 @@ VERDICTS = {
     "gather": _gather,
     "gather_flex": _gather_flex,
     "gather_flex_eager": _gather_flex_eager,
+    "residue_flex": _residue_flex,
+    "residue_flex_eager": _residue_flex_eager,
     "flex": _flex,
     "flex_eager": _flex_eager,
     "chunked": _chunked,
@@ -109,4 +150,6 @@ VERDICTS = {
 }
 # Backends that read copies of selected keys behind the others, and all that call FlexAttention.
 OVER_ROWS = ("gather_flex", "gather_flex_eager")
-BY_FLEX = (*OVER_ROWS, "flex", "flex_eager")
+# Backends that reorder positions by residue class.
+BY_RESIDUE = ("residue_flex", "residue_flex_eager")
+BY_FLEX = (*OVER_ROWS, *BY_RESIDUE, "flex", "flex_eager")

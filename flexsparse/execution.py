@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexsparse.backends import OVER_ROWS
-from flexsparse.codegen.flex import opaque_functions
+from flexsparse.analysis.tiles import Tiles
+from flexsparse.backends import BY_RESIDUE, OVER_ROWS
+from flexsparse.codegen.flex import Generated, opaque_functions
 from flexsparse.codegen.gathered import gathered_source
 from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.ir.nodes import Node
@@ -23,6 +25,8 @@ from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.gathered_flex import RowsCall, attend_rows
+from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.residues import attend_residues, class_shapes
 from flexsparse.settings import Settings
 
 
@@ -51,6 +55,8 @@ class Runner:
         recomputed = tuple(self.is_recomputed(name, work.shapes.dtype) for name in work.names)
         offset = work.shapes.q_offset != 0
         launchers = launchers_of(self.node, self.settings, offset, bound.plan.backend)
+        if bound.plan.backend in BY_RESIDUE:
+            return self._by_residue(bound, work, launchers, operands, tensors, recomputed, return_lse)
         if bound.plan.backend in OVER_ROWS:
             return self._over_rows(bound, work, launchers, operands, tensors, recomputed, return_lse)
         return attend_flex(work, launchers, operands, tensors, recomputed, needs_lse=return_lse)
@@ -58,12 +64,17 @@ class Runner:
     def work_of(self, bound: Bound, scale: float) -> tuple[Work, tuple[Tensor, ...]]:
         """What a bound call computes, and the tensors that its functions read."""
         generated = compile_pattern(self.node, bound.plan.shapes.q_offset != 0).generated
-        values = {name: bound.buffers[name] for name in generated.arguments if name in bound.buffers}
+        return self._work(generated, bound.plan.shapes, bound.tiles, bound.buffers, scale)
+
+    def _work(
+        self, generated: Generated, shapes: Shapes, tiles: Tiles, buffers: Mapping[str, Any], scale: float
+    ) -> tuple[Work, tuple[Tensor, ...]]:
+        values = {name: buffers[name] for name in generated.arguments if name in buffers}
         names = tuple(name for name, value in values.items() if isinstance(value, Tensor))
         constants = {name: value for name, value in values.items() if name not in names}
         dims = tuple(sequence_dims(self.program, name) for name in names)
         opaque, sink = opaque_functions(self.program), self.program.has_sink
-        work = Work(bound.plan.shapes, bound.tiles, scale, names, constants, generated.build, dims, opaque, sink)
+        work = Work(shapes, tiles, scale, names, constants, generated.build, dims, opaque, sink)
         return work, tuple(values[name] for name in names)
 
     def _gather(
@@ -109,6 +120,37 @@ class Runner:
         if carried:
             # The chunked path reads the tiles of keys, and not those of rows.
             work = replace(work, tiles=classify_tiles(self.program, shapes, self.settings, bound.buffers))
+        return completed(work, operands, tensors, recomputed, out, lse)
+
+    def _by_residue(
+        self,
+        bound: Bound,
+        work: Work,
+        launchers: Launchers,
+        operands: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, ...],
+        recomputed: tuple[bool, ...],
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        compiled, carried = compile_pattern(self.node), is_carried(tensors, recomputed)
+        modulus, functions = compiled.residues.modulus, compiled.residue_functions
+        kept = {n: t.detach() if r else t for n, t, r in zip(work.names, tensors, recomputed, strict=True)}
+        buffers = {**bound.buffers, **kept}
+        shapes = class_shapes(work.shapes, modulus)
+        lengths = {"q_len": shapes.q_len, "kv_len": shapes.kv_len}
+        within, inside = self._work(functions[0], shapes, bound.tiles, buffers | lengths, work.scale)
+        rest: Work | None = None
+        outside: tuple[Tensor, ...] = ()
+        if functions[1] is not None:
+            assert bound.rest is not None
+            rest, outside = self._work(functions[1], work.shapes, bound.rest, buffers, work.scale)
+        wanted = return_lse or carried or work.sink
+        out, lse = attend_residues(modulus, within, rest, launchers, operands, (inside, outside), needs_lse=wanted)
+        if lse is None:
+            return out, lse
+        if carried:
+            # The chunked path reads the tiles of positions in order.
+            work = replace(work, tiles=classify_tiles(self.program, work.shapes, self.settings, bound.buffers))
         return completed(work, operands, tensors, recomputed, out, lse)
 
     def is_recomputed(self, name: str, dtype: torch.dtype) -> bool:

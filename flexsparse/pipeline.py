@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import Tiles, classify
-from flexsparse.backends import OVER_ROWS
+from flexsparse.backends import BY_RESIDUE, OVER_ROWS
 from flexsparse.codegen.flex import Generated, generate
 from flexsparse.codegen.gathered import near_mask
 from flexsparse.codegen.gathering.rows import Rows, program_of_rows, rows_of, with_rows
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import Load, Node, Opaque, walk
 from flexsparse.ir.program import Chosen, Program, Selected
+from flexsparse.ir.residues import Residues, split_residues
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
 from flexsparse.plan import Plan, choose, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured
+from flexsparse.runtime.residues import class_shapes
 from flexsparse.runtime.tile_cache import TileCache
 from flexsparse.settings import CHUNK, Settings
 
@@ -50,13 +52,28 @@ class Compiled:
         """The program with the mask of what it allows whatever is selected."""
         return replace(self.program, mask=near_mask(self.program))
 
-    def plan(self, shapes: Shapes, settings: Settings, tiles: Tiles) -> Plan:
+    @functools.cached_property
+    def residues(self) -> Residues:
+        """The program in parts by residue class, of which it has some."""
+        split = split_residues(self.program)
+        assert split is not None
+        return split
+
+    @functools.cached_property
+    def residue_functions(self) -> tuple[Generated, Generated | None]:
+        """The functions within classes and of the rest."""
+        within, rest = self.residues.within, self.residues.rest
+        title = f"{self.title}, pairs of one residue modulo {self.residues.modulus}"
+        other = f"{self.title}, pairs of two residues modulo {self.residues.modulus}"
+        return generate(within, title), None if rest is None else generate(rest, other)
+
+    def plan(self, shapes: Shapes, settings: Settings, tiles: Tiles, rest: Tiles | None) -> Plan:
         """The plan of a call; made anew where its tiles are."""
         known = self.plans.get((shapes, settings))
         if known is None or known[0] is not tiles:
             if len(self.plans) >= _PLANS:
                 self.plans.clear()
-            known = (tiles, make_plan(self.program, shapes, settings, tiles))
+            known = (tiles, make_plan(self.program, shapes, settings, tiles, rest))
             self.plans[shapes, settings] = known
         return known[1]
 
@@ -68,6 +85,8 @@ class Bound:
     buffers: Mapping[str, Any]
     tiles: Tiles
     plan: Plan
+    # Those of pairs that are not of one residue class, where those are attended to apart.
+    rest: Tiles | None = None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -110,30 +129,49 @@ def bind_checked(
     buffers = make_buffers(program, shapes, captured, operands, selected)
     if validate:
         refuse_outside(program, shapes, buffers)
-    read, block, rows = _tiled(compiled, shapes, settings)
-    tiles = classify_tiles(read, shapes, block, buffers, rows)
-    return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles))
+    read = _tiled(compiled, shapes, settings)
+    tiles = classify_tiles(read.program, read.shapes, read.settings, buffers, read.rows)
+    rest = None if read.rest is None else classify_tiles(read.rest, shapes, settings, buffers)
+    return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles, rest), rest)
 
 
-def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> tuple[Program, Settings, Rows | None]:
-    """The program whose tiles the chosen backend reads, their size, and the rows that stand behind the keys."""
+@dataclass(frozen=True)
+class _Tiled:
+    """What a backend reads the tiles of: a program over shapes, the rows behind the keys, and a second program."""
+
+    program: Program
+    shapes: Shapes
+    settings: Settings
+    rows: Rows | None = None
+    rest: Program | None = None
+
+
+def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> _Tiled:
+    """What the chosen backend reads the tiles of."""
     chosen = choose(compiled.program, shapes, settings)[0]
     if chosen == "gather":
-        return compiled.near, replace(settings, block_size=CHUNK), None
+        return _Tiled(compiled.near, shapes, replace(settings, block_size=CHUNK))
     if chosen in OVER_ROWS:
-        return compiled.near, settings, rows_of(compiled.program.selections, shapes.kv_len, settings.block_size)
-    return compiled.program, settings, None
+        rows = rows_of(compiled.program.selections, shapes.kv_len, settings.block_size)
+        return _Tiled(compiled.near, shapes, settings, rows)
+    if chosen in BY_RESIDUE:
+        split = compiled.residues
+        return _Tiled(split.within, class_shapes(shapes, split.modulus), settings, rest=split.rest)
+    return _Tiled(compiled.program, shapes, settings)
 
 
 def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
     program = compiled.program
-    tiles = None
-    read, block, rows = _tiled(compiled, shapes, settings)
-    if not reads_tensors(read.mask):
+    tiles, rest = None, None
+    read = _tiled(compiled, shapes, settings)
+    if not reads_tensors(read.program.mask) and (read.rest is None or not reads_tensors(read.rest.mask)):
         # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
-        tiles = classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {}, rows)
-    return make_plan(program, shapes, settings, tiles)
+        here = torch.device("cpu")
+        tiles = classify_tiles(read.program, replace(read.shapes, device=here), read.settings, {}, read.rows)
+        if read.rest is not None:
+            rest = classify_tiles(read.rest, replace(shapes, device=here), settings, {})
+    return make_plan(program, shapes, settings, tiles, rest)
 
 
 def classify_tiles(

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
-from flexsparse.backends import BY_FLEX, OVER_ROWS, VERDICTS, unfit_for_rows
+from flexsparse.backends import BY_FLEX, BY_RESIDUE, OVER_ROWS, VERDICTS, unfit_for_rows
 from flexsparse.codegen.gathered import near_mask
 from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant
 from flexsparse.ir.program import Program
+from flexsparse.ir.residues import split_residues
 from flexsparse.ir.text import function_name
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK, Settings
@@ -83,9 +84,10 @@ class Plan:
         return 2 * elements * (self.shapes.head_dim + self.shapes.value_dim) * self.calls
 
 
-def count_tiles(tiles: Tiles) -> TileCounts:
-    """The tiles of each kind."""
-    return TileCounts(tiles.block, tiles.count(EMPTY), tiles.count(PARTIAL), tiles.count(FULL), tiles.undecided)
+def count_tiles(*parts: Tiles) -> TileCounts:
+    """The tiles of each kind, over all parts."""
+    empty, partial, full = (sum(tiles.count(kind) for tiles in parts) for kind in (EMPTY, PARTIAL, FULL))
+    return TileCounts(parts[0].block, empty, partial, full, sum(tiles.undecided for tiles in parts))
 
 
 def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, tuple[Candidate, ...]]:
@@ -131,8 +133,10 @@ def _spares(program: Program, shapes: Shapes, settings: Settings) -> bool:
     return sum(rows.widths) + len(rows.widths) * rows.chunk < shapes.kv_len / 2
 
 
-def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None) -> Plan:
-    """The plan of the backend that ``choose`` takes; ``tiles`` are those that it reads. Raises as ``choose`` does."""
+def make_plan(
+    program: Program, shapes: Shapes, settings: Settings, tiles: Tiles | None, rest: Tiles | None = None
+) -> Plan:
+    """The plan of the backend that ``choose`` takes; it reads ``tiles`` and ``rest``. Raises as ``choose`` does."""
     chosen, candidates = choose(program, shapes, settings)
     gated = program.gate_v != Constant(1.0)
     mask = near_mask(program) if chosen == "gather" or chosen in OVER_ROWS else program.mask
@@ -141,7 +145,7 @@ def make_plan(program: Program, shapes: Shapes, settings: Settings, tiles: Tiles
         backend=chosen,
         shapes=shapes,
         calls=2 if gated and chosen in BY_FLEX else 1,
-        tiles=None if tiles is None else count_tiles(tiles),
+        tiles=None if tiles is None else count_tiles(*(t for t in (tiles, rest) if t is not None)),
         mask_rows=shapes.batch if depends_on(mask, "b") else 1,
         mask_heads=shapes.heads if distinct_heads > 1 else 1,
         distinct_heads=distinct_heads,
@@ -173,6 +177,14 @@ def _notes(
         notes += _row_notes(program, shapes, settings)
     if chosen == "flex" and settings.backend == "auto" and program.selections and not unfit_for_rows(program, shapes):
         notes.append("Slots and chunks would take half of so short a sequence: copies of selected keys spare nothing.")
+    if chosen in BY_RESIDUE:
+        split = split_residues(program)
+        assert split is not None
+        notes.append(
+            f"Positions are reordered by residue modulo {split.modulus}: query, key and value are copied, and out back."
+        )
+        if split.rest is not None:
+            notes.append("Pairs of two classes take a call of their own; the two are joined by their lse.")
     if gated and chosen in BY_FLEX:
         notes.append("The gate m on V takes two FlexAttention calls, over s + log m and s + log(1 - m).")
     if program.has_sink and chosen in BY_FLEX:
@@ -185,7 +197,7 @@ def _notes(
                 else "gradient is a plain sum, bit-identical between runs."
             )
         )
-    if chosen in ("flex", "gather_flex") and shapes.needs_grad:
+    if chosen in ("flex", "gather_flex", "residue_flex") and shapes.needs_grad:
         recomputed = [name for name in program.learnable if name not in program.sink_only]
         if recomputed and settings.deterministic is not False:
             notes.append(

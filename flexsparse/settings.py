@@ -9,7 +9,18 @@ from flexsparse.errors import SettingError, did_you_mean
 
 # Queries of a chunk, whose selected keys are gathered together: those in the slots as the chunk starts.
 CHUNK = 64
-BACKENDS = ("auto", "gather", "gather_flex", "gather_flex_eager", "flex", "flex_eager", "chunked", "reference")
+BACKENDS = (
+    "auto",
+    "gather",
+    "gather_flex",
+    "gather_flex_eager",
+    "residue_flex",
+    "residue_flex_eager",
+    "flex",
+    "flex_eager",
+    "chunked",
+    "reference",
+)
 
 
 @dataclass(frozen=True)

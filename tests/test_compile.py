@@ -61,8 +61,8 @@ def test_equal_patterns_share_one_compilation() -> None:
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     (
         {"backend": "chunkd"},
-        "backend: got 'chunkd', expected one of 'auto', 'gather', 'gather_flex', 'gather_flex_eager', 'flex', "
-        "'flex_eager', 'chunked', 'reference'. Did you mean 'chunked'?",
+        "backend: got 'chunkd', expected one of 'auto', 'gather', 'gather_flex', 'gather_flex_eager', "
+        "'residue_flex', 'residue_flex_eager', 'flex', 'flex_eager', 'chunked', 'reference'. Did you mean 'chunked'?",
     ),
     ({"fallback": "dense"}, "fallback: got 'dense', expected None or 'reference'."),
     ({"deterministic": "yes"}, "deterministic: got 'yes', expected None, True or False."),

@@ -37,7 +37,8 @@ backend_option = click.option(
     "--backend",
     default="auto",
     show_default=True,
-    help="auto, gather, gather_flex, gather_flex_eager, flex, flex_eager, chunked or reference.",
+    help="auto, gather, gather_flex, gather_flex_eager, residue_flex, residue_flex_eager, flex, flex_eager, "
+    "chunked or reference.",
 )
 
 

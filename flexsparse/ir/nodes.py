@@ -7,7 +7,7 @@ The language wraps these nodes to give them operators; all later stages work on 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -357,6 +357,13 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
     if isinstance(node, Named):
         return Named(node.name, node.arguments, children[0])
     raise AssertionError(f"{type(node).__name__} has no children")
+
+
+def replaced(node: Node, known: Mapping[Node, Node]) -> Node:
+    """The expression with some of its parts exchanged; what comes in place of one is left as it is."""
+    if node in known:
+        return known[node]
+    return rebuild(node, tuple(replaced(child, known) for child in node.children))
 
 
 def is_plain(node: Node) -> bool:

@@ -23,16 +23,20 @@ from flexsparse.settings import Settings
 
 
 class Launchers:
-    """The compiled launchers of one pattern, each with its own builds: for its scores, and for a gate on V."""
+    """The compiled launchers of one pattern, each with its own builds.
+
+    For its scores, for what a gate on V loses, and for pairs that are not of one residue class.
+    """
 
     def __init__(self, name: str, settings: Settings, backend: str) -> None:
         self.plain = Launcher(f"attend_{name}", settings, backend)
         self.lost = Launcher(f"attend_lost_{name}", settings, backend)
+        self.rest = Launcher(f"attend_rest_{name}", settings, backend)
 
     @property
     def builds(self) -> int:
         """How many kernels were built so far."""
-        return len(self.plain.builds) + len(self.lost.builds)
+        return sum(len(launcher.builds) for launcher in (self.plain, self.lost, self.rest))
 
 
 def attend_flex(

@@ -61,8 +61,8 @@ SETTINGS: list[tuple[dict[str, Any], type[FlexsparseError], str]] = [
     (
         {"backend": "chunk"},
         SettingError,
-        "backend: got 'chunk', expected one of 'auto', 'gather', 'gather_flex', 'gather_flex_eager', 'flex', "
-        "'flex_eager', 'chunked', 'reference'. "
+        "backend: got 'chunk', expected one of 'auto', 'gather', 'gather_flex', 'gather_flex_eager', "
+        "'residue_flex', 'residue_flex_eager', 'flex', 'flex_eager', 'chunked', 'reference'. "
         "Did you mean 'chunked'?",
     ),
     (
