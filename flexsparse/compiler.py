@@ -18,6 +18,8 @@ from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
+from flexsparse.explorer.gathered_marks import mark_gathered
+from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
 from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources
 from flexsparse.expression import Expression, Pattern
@@ -321,11 +323,25 @@ class CompiledAttention:
         they are launched with; "ttir", "ttgir", "llvm", "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's
         compiler, and "resources" a table of registers, spills, shared memory, occupancy and instructions. Where the
         shapes want gradients, the last seven have the backward kernels as well.
+        In Triton source, lines that come from the pattern have a comment that says from which part of it.
         Raises SettingError, NotBoundError, and BackendError where there are no such kernels or a compiler refuses.
         """
+        return str(self.marked_code(stage, target))
+
+    def marked_code(self, stage: str, target: str = "sm_90") -> MarkedText:
+        """The text of ``code`` line by line, with what each line of a Triton kernel has from the pattern."""
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
+        if stage == "kernels" and can_gather(self.ir):
+            return mark_gathered(gathered_source(self.ir).text, self._expression.node, self.ir)
+        if stage in KERNEL_STAGES:
+            shapes = self._last(stage).plan.shapes
+            return kernel_code(self._expression.node, self._compiled, self._settings, shapes, stage, target)
+        return MarkedText.plain(self._text(stage))
+
+    def _text(self, stage: str) -> str:
+        """The text of a stage before the kernels."""
         if stage == "expr":
             return str(self._expression)
         if stage == "ir":
@@ -337,11 +353,7 @@ class CompiledAttention:
         if stage == "rows":
             return self._compiled.rows.source if self.ir.selections else "# no copies of keys: nothing is selected"
         if stage == "kernels":
-            if not can_gather(self.ir):
-                return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
-            return gathered_source(self.ir).text
-        if stage in KERNEL_STAGES:
-            return kernel_code(self._compiled, self._settings, self._last(stage).plan.shapes, stage, target)
+            return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
         return self._compiled.generated.function_source(stage)
 
     def resources(self, target: str = "sm_90") -> list[Resources]:

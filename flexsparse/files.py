@@ -12,12 +12,17 @@ def cache_home() -> pathlib.Path:
     return pathlib.Path(os.environ.get("FLEXSPARSE_CACHE_DIR") or pathlib.Path.home() / ".cache" / "flexsparse")
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, data: str | bytes) -> None:
     """Write beside the place and move there, so that nobody reads half a file. Raises OSError and leaves nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=path.suffix, delete=False) as file:
+    raw = data.encode() if isinstance(data, str) else data
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=path.suffix, delete=False) as file:
         try:
-            file.write(text)
+            file.write(raw)
             file.close()
+            # A temporary file is for its owner alone; this one has the rights that any new file gets.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(file.name, 0o666 & ~mask)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

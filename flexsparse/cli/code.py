@@ -1,25 +1,24 @@
-"""``flexsparse code``: the text of one stage of the compiler."""
+"""``flexsparse code``: the text of one stage of the compiler, and what differs between two."""
 
 from __future__ import annotations
 
-import os
-import pathlib
 import sys
-import tempfile
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from flexsparse.cli import options as shared
+from flexsparse.cli.against import read_against
 from flexsparse.cli.group import whole_or_not
-from flexsparse.errors import SettingError
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledAttention
+    from flexsparse.explorer.marks import MarkedText
 
 # How each language is coloured; Python where nothing is said.
 _LANGUAGES = {"ttir": "llvm", "ttgir": "llvm", "llvm": "llvm", "ptx": "ptx", "sass": "nasm", "amdgcn": "amdgpu"}
-_TABLES = ("plan", "resources")
+_LANGUAGES |= {"plan": "text", "resources": "text"}
 
 
 @click.command("code", short_help="Print a stage, from the expression down to SASS.")
@@ -32,12 +31,34 @@ _TABLES = ("plan", "resources")
     "llvm, ptx, sass, amdgcn or resources.",
 )
 @click.option("--target", default="sm_90", show_default=True, help="sm_80, sm_90, sm_100 or gfx942; no GPU is needed.")
+@click.option(
+    "--full/--fold",
+    default=None,
+    help="Whole text, or of kernels the pattern's lines with their surroundings.  [default: fold on a terminal]",
+)
+@click.option("--diff", "other", metavar="EXPR", help="Print what changes from EXPR here to this other expression.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What else changes there, such as length=8192, backend=flex or target=sm_80; may be repeated.",
+)
 @click.option("--out", metavar="FILE", help="Write the text there, whole or not at all.")
+@click.option("--no-pager", is_flag=True, help="Print long texts on a terminal without $PAGER.")
 @shared.shape_options
 @shared.backend_option
 @shared.json_option
 def command(
-    expression: str, stage: str, target: str, out: str | None, backend: str, as_json: bool, **given: Any
+    expression: str,
+    stage: str,
+    target: str,
+    full: bool | None,
+    other: str | None,
+    against: tuple[str, ...],
+    out: str | None,
+    no_pager: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Print one stage: the expression, its IR, the generated functions, kernels, what a compiler makes of them, a plan.
 
@@ -47,68 +68,101 @@ def command(
     extends to the backward pass, and "resources", a table of registers, spills, shared memory, occupancy and
     instructions. --device is for --stage plan.
 
-    In a pipe the output is the text of the stage and nothing else.
+    In Triton source, a comment behind each line that comes from the pattern says from which part of it. On a terminal
+    the other lines are folded, and long texts go through $PAGER. In a pipe the output is the text of the stage, all of
+    it and nothing else.
 
     \b
     Examples:
       flexsparse code "causal() & sliding_window(512)"
       flexsparse code "sparsek(64)" --stage ir
       flexsparse code "full() + alibi()" --stage score_mod > score_mod.py
-      flexsparse code "causal() & sliding_window(512)" --stage triton
+      flexsparse code "causal() & sliding_window(512)" --stage triton --fold
       flexsparse code "sparsek_window(512, 512)" --stage resources --grad
       flexsparse code "sparsek_window(512, 512)" --stage ptx --target sm_80 --head-dim 128 --out forward.ptx
+      flexsparse code "sliding_window(512)" --stage triton --diff "sliding_window(512) + alibi()"
+      flexsparse code "sparsek_window(512, 512)" --stage plan --device cuda --against backend=flex
     """
-    import flexsparse
-    from flexsparse.explorer.stages import KERNEL_STAGES
+    from flexsparse.cli import codeview, render
 
-    if out is not None and not pathlib.Path(out).resolve().parent.is_dir():
-        raise SettingError("--out", got=repr(out), expected="a file in a directory that exists")
-    attention = flexsparse.compile(expression, backend=backend)
-    if stage in KERNEL_STAGES:
-        given["device"] = "cuda"
-    if stage == "plan" or stage in KERNEL_STAGES:
-        shared.bind_from(attention, given)
-    _show(attention, expression, stage, target, out, as_json)
-
-
-def _show(
-    attention: CompiledAttention, expression: str, stage: str, target: str, out: str | None, as_json: bool
-) -> None:
-    from flexsparse.cli import render
-    from flexsparse.explorer.stages import KERNEL_STAGES
-
+    codeview.check_folder("--out", out)
+    view = _View(expression, stage, target, given)
+    sides = [view, read_against(view, other, against)] if other is not None or against else [view]
     with render.working(f"Making {stage}"):
-        text = attention.code(stage, target)
-        data: dict[str, Any] = {"pattern": expression, "stage": stage, "code": text}
-        if stage in KERNEL_STAGES:
-            data["target"] = target
-        if stage == "resources" and as_json:
-            from dataclasses import asdict
+        made = [side.made() for side in sides]
+    console = render.stdout()
+    on_terminal = sys.stdout.isatty() and out is None and not as_json
+    texts = [text for _, text in made]
+    if len(texts) == 2:
+        from flexsparse.explorer.difference import difference
 
-            data["kernels"] = [asdict(one) for one in attention.resources(target)]
+        found = difference(texts[0], texts[1], (view.name, sides[1].name_beside(view)))
+        data: dict[str, Any] = {"pattern": expression, "other": sides[1].expression, "stage": stage, "diff": found}
+        shown = codeview.difference(found, console)
+    else:
+        text = texts[0].folded() if full is False or (on_terminal and full is None) else texts[0]
+        found = str(text)
+        data = _data(view, made[0][0], text, as_json)
+        shown = codeview.marked(text, _LANGUAGES.get(stage, "python"), console)
     if out is not None:
-        _write(pathlib.Path(out), text)
+        codeview.write("--out", out, found)
     if as_json:
         shared.print_json(data)
     elif out is not None:
-        click.echo(f"note: {stage} is in {out}", err=True)
-    elif stage not in _TABLES and sys.stdout.isatty():
-        console = render.stdout()
-        console.print(render.code(text, console, _LANGUAGES.get(stage, "python")))
+        click.echo(f"note: {'the diff of ' if len(texts) == 2 else ''}{stage} is in {out}", err=True)
+    elif not found:
+        click.echo(f"note: no line of {stage} differs", err=True)
+    elif on_terminal:
+        codeview.show(shown, paged=not no_pager)
     else:
         with whole_or_not():
-            click.echo(text, nl=not text.endswith("\n"))
+            click.echo(found, nl=False)
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    """The text into a file that is there whole or stays as it was. Raises SettingError."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, delete=False, encoding="utf-8") as file:
-            file.write(text if text.endswith("\n") else text + "\n")
-        # A temporary file is for its owner alone; this one has the rights that any new file gets.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(file.name, 0o666 & ~mask)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise SettingError("--out", got=f"{str(path)!r}: {error.strerror}", expected="a file to write") from None
+@dataclass(frozen=True)
+class _View:
+    """One stage of one pattern: what the options ask for."""
+
+    expression: str
+    stage: str
+    target: str
+    given: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.expression} ({self.stage})"
+
+    def name_beside(self, other: _View) -> str:
+        """The name with what else differs from ``other``."""
+        mine, its = ({"target": v.target, **v.given} for v in (self, other))
+        changed = [f"{name.replace('_', '-')}={value}" for name, value in mine.items() if value != its[name]]
+        return f"{self.expression} ({', '.join([self.stage, *changed])})"
+
+    def made(self) -> tuple[CompiledAttention, MarkedText]:
+        """The compiled pattern, bound where the stage is about shapes, and the text. Raises what ``code`` raises."""
+        import flexsparse
+        from flexsparse.explorer.stages import KERNEL_STAGES
+
+        attention = flexsparse.compile(self.expression, backend=self.given["backend"])
+        if self.stage == "plan" or self.stage in KERNEL_STAGES:
+            given = self.given | ({"device": "cuda"} if self.stage in KERNEL_STAGES else {})
+            shared.bind_from(attention, given)
+        return attention, attention.marked_code(self.stage, self.target)
+
+
+def _data(view: _View, attention: CompiledAttention, text: MarkedText, wanted: bool) -> dict[str, Any]:
+    """What ``--json`` prints; empty where it is not wanted, as resources take the compiler's time."""
+    from dataclasses import asdict
+
+    from flexsparse.explorer.stages import KERNEL_STAGES, SOURCES
+
+    if not wanted:
+        return {}
+    data: dict[str, Any] = {"pattern": view.expression, "stage": view.stage, "code": str(text)}
+    if view.stage in KERNEL_STAGES:
+        data["target"] = view.target
+    if view.stage in (*SOURCES, "kernels"):
+        data["marks"] = [{"line": n, **asdict(m)} for n, (_, m) in enumerate(text.lines, 1) if m is not None]
+    if view.stage == "resources":
+        data["kernels"] = [asdict(one) for one in attention.resources(view.target)]
+    return data

@@ -38,6 +38,10 @@ MISTAKES = {
     ("code", "causal", "--out", "no-such-folder/x.py"): "--out: got 'no-such-folder/x.py', expected a file in a "
     "directory that exists",
     ("cache", "claer"): "No such command 'claer'. Did you mean 'clear'?",
+    ("code", "causal", "--against", "lenght=8"): "--against: got 'lenght=8', expected NAME=VALUE, NAME one of length, ",
+    ("code", "causal", "--against", "length"): "--against: got 'length', expected NAME=VALUE",
+    ("code", "causal", "--against", "heads=0"): "--against: got 'heads=0', expected a number of at least 1 as heads.",
+    ("code", "causal", "--against", "grad=1"): "--against: got 'grad=1', expected yes or no as grad.",
     ("code", "causal", "--out", "/"): "--out: got '/'",
     ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
     ("check", "causal", "--length", "100000"): "--length: got 100000, expected at most 2048",
