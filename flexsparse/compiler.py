@@ -21,13 +21,14 @@ from flexsparse.explanation import Explanation
 from flexsparse.explorer.gathered_marks import mark_gathered
 from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
-from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources
+from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources, kernel_roofline
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program
 from flexsparse.parser import parse
 from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern
 from flexsparse.plan import Plan
+from flexsparse.roofline import Roofline
 from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
@@ -362,6 +363,13 @@ class CompiledAttention:
         Triton's compiler tells; no GPU is needed. Raises as ``code`` does.
         """
         return kernel_resources(self._compiled, self._settings, self._last("resources").plan.shapes, target)
+
+    def roofline(self, target: str = "sm_90") -> Roofline | None:
+        """Operations, bytes and times of the forward pass of the last call or ``bind`` on a GPU of that architecture.
+
+        None where the operations depend on tensors of the call. Raises SettingError, NotBoundError or BackendError.
+        """
+        return kernel_roofline(self._compiled, self._settings, self._last("roofline").plan.shapes, target)
 
     def _last(self, wanted: str = "plan") -> BoundAttention:
         if self._bound is None:

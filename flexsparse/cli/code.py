@@ -85,7 +85,7 @@ def command(
     """
     from flexsparse.cli import codeview, render
 
-    codeview.check_folder("--out", out)
+    shared.check_folder("--out", out)
     view = _View(expression, stage, target, given)
     sides = [view, read_against(view, other, against)] if other is not None or against else [view]
     with render.working(f"Making {stage}"):
@@ -105,7 +105,7 @@ def command(
         data = _data(view, made[0][0], text, as_json)
         shown = codeview.marked(text, _LANGUAGES.get(stage, "python"), console)
     if out is not None:
-        codeview.write("--out", out, found)
+        shared.write_file("--out", out, found)
     if as_json:
         shared.print_json(data)
     elif out is not None:
@@ -165,4 +165,6 @@ def _data(view: _View, attention: CompiledAttention, text: MarkedText, wanted: b
         data["marks"] = [{"line": n, **asdict(m)} for n, (_, m) in enumerate(text.lines, 1) if m is not None]
     if view.stage == "resources":
         data["kernels"] = [asdict(one) for one in attention.resources(view.target)]
+        under = attention.roofline(view.target)
+        data["roofline"] = None if under is None else under.as_dict()
     return data

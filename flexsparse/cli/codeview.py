@@ -1,8 +1,7 @@
-"""How the explorer's texts are shown: in colour, the pattern's lines set off, in a pager, as a diff, into a file."""
+"""How the explorer's texts are shown: in colour, the pattern's lines set off, in a pager, as a diff."""
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from rich.text import Text
 
 from flexsparse.cli import render
 from flexsparse.cli.group import whole_or_not
-from flexsparse.errors import SettingError
 
 if TYPE_CHECKING:
     from flexsparse.explorer.marks import MarkedText
@@ -56,19 +54,3 @@ def difference(text: str, console: Console) -> Text:
 
 def _plain(console: Console) -> bool:
     return console.no_color or not console.is_terminal
-
-
-def write(option: str, path: str, data: str | bytes) -> None:
-    """Into a file that is there whole or stays as it was. Raises SettingError about ``option``."""
-    from flexsparse.files import write_whole
-
-    try:
-        write_whole(pathlib.Path(path).resolve(), data)
-    except OSError as error:
-        raise SettingError(option, got=f"{path!r}: {error.strerror}", expected="a file to write") from None
-
-
-def check_folder(option: str, path: str | None) -> None:
-    """Raises SettingError where no file can be at ``path``, before any work is done for it."""
-    if path is not None and not pathlib.Path(path).resolve().parent.is_dir():
-        raise SettingError(option, got=repr(path), expected="a file in a directory that exists")

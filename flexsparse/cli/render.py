@@ -102,7 +102,7 @@ def code(text: str, console: Console, language: str = "python") -> RenderableTyp
 
 def mask(picture: Picture, console: Console) -> RenderableType:
     """The cells of a picture, two columns each, with the queries down the side and the keys along the top."""
-    glyphs = _ASCII if _plain(console) else _UNICODE
+    glyphs = _ASCII if plain(console) else _UNICODE
     side = len(str(picture.queries.stop - 1))
     first, last = str(picture.keys.start), str(picture.keys.stop - 1)
     wide = 2 * len(picture.kinds[0])
@@ -122,7 +122,7 @@ def mask(picture: Picture, console: Console) -> RenderableType:
 
 def legend(picture: Picture, unit: str, console: Console) -> Text:
     """What the characters mean, with the number of tiles or pairs of each kind. ``unit`` is "tiles" or "pairs"."""
-    glyphs = _ASCII if _plain(console) else _UNICODE
+    glyphs = _ASCII if plain(console) else _UNICODE
     empty, partial, full = picture.counts
     words = ("empty", "partial", "full") if unit == "tiles" else ("hidden", "partly seen", "seen")
     text = Text()
@@ -137,7 +137,7 @@ def legend(picture: Picture, unit: str, console: Console) -> Text:
 
 def thumbnail(picture: Picture, console: Console) -> Text:
     """The cells of a picture, one column each."""
-    glyphs = _ASCII if _plain(console) else _UNICODE
+    glyphs = _ASCII if plain(console) else _UNICODE
     lines = []
     for number, kinds in enumerate(picture.kinds):
         line = Text()
@@ -150,7 +150,7 @@ def thumbnail(picture: Picture, console: Console) -> Text:
 
 def sparkline(values: Sequence[float], console: Console) -> Text:
     """Numbers as a row of bars, from the least to the greatest."""
-    bars = _ASCII_BARS if _plain(console) else _BARS
+    bars = _ASCII_BARS if plain(console) else _BARS
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     spread = (high - low) or 1.0
@@ -195,7 +195,7 @@ def verdict(holds: bool, text: str) -> Text:
 
 def share(value: float, holds: bool, console: Console) -> Text:
     """A bar from 0 to the whole of what is allowed, with the number."""
-    full, rest = ("#", ".") if _plain(console) else ("█", "·")
+    full, rest = ("#", ".") if plain(console) else ("█", "·")
     filled = min(10, round(10 * value)) if holds else 10
     text = Text(full * filled, "green" if holds else "red").append(rest * (10 - filled), "bright_black")
     return text.append(f" {value:.2f}" if holds else f" {value:.3g} FAILS", "default" if holds else "bold red")
@@ -222,7 +222,7 @@ def _glyph(glyphs: tuple[str, str, str], kind: int, share: float | None) -> str:
     return glyphs[1][1 if share is None else min(2, int(3 * share))]
 
 
-def _plain(console: Console) -> bool:
+def plain(console: Console) -> bool:
     """Whether the output cannot carry more than ASCII."""
     return console.options.ascii_only or not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
 

@@ -10,6 +10,7 @@ import torch
 from flexsparse.codegen.gathered import gathered_source
 from flexsparse.codegen.gathering.rows import program_of_rows
 from flexsparse.errors import BackendError, SettingError
+from flexsparse.explanation import Explanation
 from flexsparse.explorer.cross import compile_kernels
 from flexsparse.explorer.flex import flex_graphs, flex_kernels
 from flexsparse.explorer.flex_marks import mark_flex
@@ -18,9 +19,11 @@ from flexsparse.explorer.kernel import Kernel, source_of
 from flexsparse.explorer.marks import LEGEND, MarkedText
 from flexsparse.explorer.resources import Resources, resources_of, table
 from flexsparse.explorer.targets import Target, find_target
+from flexsparse.hardware import find
 from flexsparse.ir.nodes import Node
 from flexsparse.pipeline import Compiled, bind_shapes
 from flexsparse.plan import Plan
+from flexsparse.roofline import Roofline
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
 
@@ -48,7 +51,8 @@ def kernel_code(
         return _marked_source(pattern, compiled, settings, shapes, target, stage == "triton-backward")
     kernels = kernels_of(compiled, settings, shapes, target)
     if stage == "resources":
-        return MarkedText.plain(table(_resources(kernels, target), target))
+        under = _under_the_roof(_plan(compiled, settings, shapes), compiled, target)
+        return MarkedText.plain(f"{table(_resources(kernels, target), target)}\n{under}")
     made = compile_kernels([kernel for kernel in kernels if kernel.fixed], target)
     comment = {"llvm": ";", "amdgcn": ";"}.get(stage, "//")
     texts = (f"{comment} {one.kernel.name}\n{one.texts[stage].rstrip()}\n" for one in made)
@@ -74,6 +78,23 @@ def _marked_source(
 def _plan(compiled: Compiled, settings: Settings, shapes: Shapes) -> Plan:
     """The plan of such a call on a GPU, which need not be there."""
     return bind_shapes(compiled, replace(shapes, device=torch.device("cuda")), settings)
+
+
+def kernel_roofline(compiled: Compiled, settings: Settings, shapes: Shapes, target_name: str) -> Roofline | None:
+    """The forward pass of such a call under the roof of a GPU with that architecture."""
+    target = find_target(target_name)
+    return _explained(_plan(compiled, settings, shapes), compiled, target).roofline
+
+
+def _explained(plan: Plan, compiled: Compiled, target: Target) -> Explanation:
+    return Explanation(compiled.title, compiled.program, plan, find(target.device))
+
+
+def _under_the_roof(plan: Plan, compiled: Compiled, target: Target) -> str:
+    found = _explained(plan, compiled, target).roofline
+    if found is None:
+        return "How many operations it takes depends on tensors of the call."
+    return f"{found}.\n{target.device}: {found.source}."
 
 
 def _graph(compiled: Compiled, settings: Settings, shapes: Shapes, target: Target) -> str:

@@ -150,6 +150,9 @@ def test_kernels_are_shown_without_a_gpu(invoke: Invoke, tmp_path: pathlib.Path)
     data = json.loads(invoke("code", "sparsek(64)", "--stage", "resources", "--grad", "--json", *shapes).out)
     assert data["target"] == "sm_90"
     assert data["code"].startswith("kernel ")
+    assert data["kernels"][0]["loads"]["16"] > 0
+    assert data["roofline"]["bound"] == "memory"
+    assert data["roofline"]["predicted"] is None
     assert {k["kernel"] for k in data["kernels"] if not k["backward"]} == {"forward"}
     assert len(data["kernels"]) == 6
 

@@ -57,7 +57,11 @@ def test_resources_of_flex_attention() -> None:
         assert one.instructions["atomics"] == 0
         assert one.blocks is not None
         assert 1 <= one.blocks <= 4
+        assert one.occupancy is not None
+        assert 0 < one.occupancy <= 1
         assert one.shared < 227 * 1024
+        # Queries, keys and values come 16 bytes at a time.
+        assert one.loads[16] > sum(count for width, count in one.loads.items() if width < 16)
 
 
 @generates

@@ -16,7 +16,6 @@ from flexsparse.explorer.marks import Mark, MarkedText
 from flexsparse.explorer.origins import Origins
 from flexsparse.ir.nodes import walk
 from flexsparse.ir.program import program_text
-from flexsparse.patterns import softcap
 
 generates = pytest.mark.skipif(
     _torch.VERSION < (2, 13), reason=f"torch {_torch.VERSION} lacks private names that generating code takes"
@@ -129,9 +128,12 @@ def reduce(in_ptr):
 """
 
 
+def section(pattern: str) -> tuple[tuple[str, Mark | None], ...]:
+    return mark_flex(SECTION, fs.parse(pattern).node, fs.compile(pattern).ir).lines
+
+
 def test_a_section_is_marked_whatever_can_be_read_of_it() -> None:
-    pattern = fs.parse("causal() & (sinks(4) | document())")
-    lines = mark_flex(SECTION, pattern.node, fs.compile(pattern).ir).lines
+    lines = section("causal() & (sinks(4) | document())")
     marks = {line.strip(): mark for line, mark in lines if mark is not None}
     assert marks["tmp3 = tmp1 >= tmp2"].expression == "kv <= q"
     assert marks["tmp4 = tl.load(in_ptr0 + tmp1)"] == Mark("mask")
@@ -141,8 +143,8 @@ def test_a_section_is_marked_whatever_can_be_read_of_it() -> None:
     assert not [line for line in marks if line.startswith(("tmp0", "grad_scores", "tmp6"))]
     assert "tmp1 = tl.load(in_ptr)" not in marks
     assert {mark.kind for mark in marks.values()} == {"mask"}
-    both = fs.parse("sliding_window(4) | sparsek(8, after=4)").score(softcap(30))
-    gated = {line.strip(): mark for line, mark in mark_flex(SECTION, both.node, fs.compile(both).ir).lines if mark}
+    both = section("(sliding_window(4) | sparsek(8, after=4)).score(softcap(30))")
+    gated = {line.strip(): mark for line, mark in both if mark}
     assert gated["tmp0 = (qk)"] == Mark("score and gate")
     assert gated["grad_scores = tmp6"].expression.startswith("gradient of ")
 
