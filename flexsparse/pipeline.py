@@ -127,13 +127,16 @@ def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> tuple[Prog
 
 def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
-    program = compiled.program
-    tiles = None
+    return make_plan(compiled.program, shapes, settings, tiles_of_shapes(compiled, shapes, settings))
+
+
+def tiles_of_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Tiles | None:
+    """The tiles that the chosen backend reads, None where they depend on tensors. Raises as ``choose`` does."""
     read, block, rows = _tiled(compiled, shapes, settings)
-    if not reads_tensors(read.mask):
-        # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
-        tiles = classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {}, rows)
-    return make_plan(program, shapes, settings, tiles)
+    if reads_tensors(read.mask):
+        return None
+    # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
+    return classify_tiles(read, replace(shapes, device=torch.device("cpu")), block, {}, rows)
 
 
 def classify_tiles(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # How each language is coloured; Python where nothing is said.
 _LANGUAGES = {"ttir": "llvm", "ttgir": "llvm", "llvm": "llvm", "ptx": "ptx", "sass": "nasm", "amdgcn": "amdgpu"}
-_LANGUAGES |= {"plan": "text", "resources": "text"}
+_LANGUAGES |= {"plan": "text", "resources": "text", "tiles": "text", "cpp": "cpp"}
 
 
 @click.command("code", short_help="Print a stage, from the expression down to SASS.")
@@ -27,8 +27,8 @@ _LANGUAGES |= {"plan": "text", "resources": "text"}
     "--stage",
     default="source",
     show_default=True,
-    help="expr, ir, source, mask_mod, score_mod, rows, kernels, plan, graph, triton, triton-backward, ttir, ttgir, "
-    "llvm, ptx, sass, amdgcn or resources.",
+    help="expr, canonical, ir, tiles, plan, source, mask_mod, score_mod, rows, kernels, graph, triton, "
+    "triton-backward, ttir, ttgir, llvm, ptx, sass, amdgcn, resources or cpp.",
 )
 @click.option("--target", default="sm_90", show_default=True, help="sm_80, sm_90, sm_100 or gfx942; no GPU is needed.")
 @click.option(
@@ -60,13 +60,15 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Print one stage: the expression, its IR, the generated functions, kernels, what a compiler makes of them, a plan.
+    """Print one stage: the expression, its IR, a plan, the generated functions, kernels, what a compiler makes of them.
 
-    "rows" are the functions of --backend gather_flex, over keys and copies of selected ones, and "kernels" our Triton
-    module for any shapes. From "graph" on it is about the attention kernels that a call on --target would launch, ours
-    or those of FlexAttention: the graph that is captured, their source, the texts of Triton's compiler, which --grad
-    extends to the backward pass, and "resources", a table of registers, spills, shared memory, occupancy and
-    instructions. --device is for --stage plan.
+    "canonical" is the IR in the form that equal masks share, "tiles" what is computed. "rows" are the functions of
+    --backend gather_flex, over keys and copies of selected ones, and "kernels" our Triton module for any shapes. From
+    "graph" on it is about the attention kernels that a call on --target would launch, ours or those of FlexAttention:
+    the graph that is captured, their source, the texts of Triton's compiler, which --grad extends to the backward pass,
+    and "resources": registers, spills, shared memory, occupancy, instructions and widths of loads, with the operations,
+    bytes and least time of the forward pass. "cpp" is the C++ of FlexAttention for inference on this CPU. --device is
+    for tiles and plan.
 
     In Triton source, a comment behind each line that comes from the pattern says from which part of it. On a terminal
     the other lines are folded, and long texts go through $PAGER. In a pipe the output is the text of the stage, all of
@@ -105,7 +107,7 @@ def command(
         data = _data(view, made[0][0], text, as_json)
         shown = codeview.marked(text, _LANGUAGES.get(stage, "python"), console)
     if out is not None:
-        shared.write_file("--out", out, found)
+        shared.write_file("--out", out, found if found.endswith("\n") else found + "\n")
     if as_json:
         shared.print_json(data)
     elif out is not None:
@@ -116,7 +118,7 @@ def command(
         codeview.show(shown, paged=not no_pager)
     else:
         with whole_or_not():
-            click.echo(found, nl=False)
+            click.echo(found, nl=not found.endswith("\n"))
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ class _View:
         from flexsparse.explorer.stages import KERNEL_STAGES
 
         attention = flexsparse.compile(self.expression, backend=self.given["backend"])
-        if self.stage == "plan" or self.stage in KERNEL_STAGES:
-            given = self.given | ({"device": "cuda"} if self.stage in KERNEL_STAGES else {})
+        if self.stage in ("plan", "tiles", *KERNEL_STAGES):
+            place = {} if self.stage in ("plan", "tiles") else {"device": "cpu" if self.stage == "cpp" else "cuda"}
+            given = self.given | place
             shared.bind_from(attention, given)
         return attention, attention.marked_code(self.stage, self.target)
 
@@ -159,7 +162,7 @@ def _data(view: _View, attention: CompiledAttention, text: MarkedText, wanted: b
     if not wanted:
         return {}
     data: dict[str, Any] = {"pattern": view.expression, "stage": view.stage, "code": str(text)}
-    if view.stage in KERNEL_STAGES:
+    if view.stage in KERNEL_STAGES and view.stage != "cpp":
         data["target"] = view.target
     if view.stage in (*SOURCES, "kernels"):
         data["marks"] = [{"line": n, **asdict(m)} for n, (_, m) in enumerate(text.lines, 1) if m is not None]

@@ -56,7 +56,7 @@ class _Marker:
         found: list[tuple[str, Mark | None]] = []
         steps: list[int] = []
         values: dict[str, object] = {}
-        for line in text.splitlines():
+        for line in text.split("\n"):
             if line.startswith("def "):
                 steps, values = [], {}
             mark = None

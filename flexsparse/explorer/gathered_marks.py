@@ -44,7 +44,7 @@ def mark_gathered(text: str, pattern: Node, program: Program) -> MarkedText:
     """The text of kernels that gather under ``program``, which ``pattern`` became, with its marks."""
     origins, parts = Origins(pattern, program), parts_of(program)
     part, lines = "", []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         code = line.lstrip()
         for opening, name in _LOOPS:
             if found := opening.match(code):

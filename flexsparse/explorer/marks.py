@@ -40,17 +40,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class MarkedText:
-    """Lines, each with its mark or None."""
+    """Lines, each with its mark or None; the last is empty where the text ends its last line."""
 
     lines: tuple[tuple[str, Mark | None], ...]
 
     @classmethod
     def plain(cls, text: str) -> MarkedText:
         """A text of which nothing is marked."""
-        return cls(tuple((line, None) for line in text.splitlines()))
+        return cls(tuple((line, None) for line in text.split("\n")))
 
     def __str__(self) -> str:
-        return "".join(f"{shown(line, mark)}\n" for line, mark in self.lines)
+        return "\n".join(shown(line, mark) for line, mark in self.lines)
 
     def folded(self) -> MarkedText:
         """Marked lines, heads of functions and loops, products and comments before the code; of other runs the length.

@@ -12,7 +12,7 @@ from flexsparse.codegen.gathering.rows import program_of_rows
 from flexsparse.errors import BackendError, SettingError
 from flexsparse.explanation import Explanation
 from flexsparse.explorer.cross import compile_kernels
-from flexsparse.explorer.flex import flex_graphs, flex_kernels
+from flexsparse.explorer.flex import cpp_kernels, flex_graphs, flex_kernels, refused
 from flexsparse.explorer.flex_marks import mark_flex
 from flexsparse.explorer.gathered_marks import mark_gathered
 from flexsparse.explorer.kernel import Kernel, source_of
@@ -29,7 +29,7 @@ from flexsparse.settings import Settings
 
 SOURCES = ("triton", "triton-backward")
 COMPILED = ("ttir", "ttgir", "llvm", "ptx", "sass", "amdgcn")
-KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources")
+KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources", "cpp")
 _BY_FLEX = ("flex", "gather_flex")
 _ELSEWHERE = {"ptx": "amdgcn", "sass": "amdgcn", "amdgcn": "ptx"}
 
@@ -41,10 +41,13 @@ def kernel_code(
 
     "graph" is what FlexAttention's compiler starts from, as captured on a CPU. "triton-backward" has the kernels of the
     backward pass; the stages after it have those as well where ``shapes`` wants gradients. Kernels whose block sizes
-    are chosen on a GPU have a source and nothing further. Raises SettingError, BackendError or DeviceError.
+    are chosen on a GPU have a source and nothing further. "cpp" is what FlexAttention's compiler generates for
+    inference on this CPU, whatever the target. Raises SettingError, BackendError or DeviceError.
     """
     target = find_target(target_name)
     _check(stage, target)
+    if stage == "cpp":
+        return MarkedText.plain(_cpp(compiled, settings, shapes))
     if stage == "graph":
         return MarkedText.plain(_graph(compiled, settings, shapes, target))
     if stage in SOURCES:
@@ -107,6 +110,16 @@ def _graph(compiled: Compiled, settings: Settings, shapes: Shapes, target: Targe
             mend="Ask for backend='flex'; the stage 'triton' shows the kernels that gather.",
         )
     return "\n\n".join(flex_graphs(compiled, settings, plan, target))
+
+
+def _cpp(compiled: Compiled, settings: Settings, shapes: Shapes) -> str:
+    # On a CPU "auto" takes the chunked path, which is no generated code.
+    asked = replace(settings, backend=settings.backend if settings.backend in _BY_FLEX else "flex")
+    try:
+        plan = bind_shapes(compiled, replace(shapes, device=torch.device("cpu")), asked)
+    except BackendError as error:
+        raise refused(None, error.got, mend=error.mend) from None
+    return "\n".join(cpp_kernels(compiled, asked, plan))
 
 
 def kernel_resources(compiled: Compiled, settings: Settings, shapes: Shapes, target_name: str) -> list[Resources]:

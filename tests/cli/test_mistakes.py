@@ -29,9 +29,9 @@ MISTAKES = {
     ("explain", "causal", "--heads", "6", "--kv-heads", "4"): "--kv-heads: got 4 for 6 query heads",
     ("explain", "causal", "--backend", "flx"): "backend: got 'flx'",
     ("explain", "causal", "--backend", "flex", "--grad"): "FlexAttention has no gradients on CPU.",
-    ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'ir', 'source', 'mask_mod', "
-    "'score_mod', 'rows', 'kernels', 'plan', 'graph', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', "
-    "'sass', 'amdgcn', 'resources'. Did you mean 'mask_mod'?",
+    ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'canonical', 'ir', 'tiles', "
+    "'plan', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', 'graph', 'triton', 'triton-backward', 'ttir', "
+    "'ttgir', 'llvm', 'ptx', 'sass', 'amdgcn', 'resources', 'cpp'. Did you mean 'mask_mod'?",
     ("code", "sparsek(8)", "--stage", "ptx", "--target", "sm90"): "target: got 'sm90', expected one of sm_80, sm_90, "
     "sm_100, gfx942. Did you mean 'sm_90'?",
     ("code", "sparsek(8)", "--stage", "sass", "--target", "gfx942"): "stage: got 'sass' for gfx942",
