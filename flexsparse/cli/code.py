@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ from flexsparse.cli.against import read_against
 from flexsparse.cli.group import whole_or_not
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
     from flexsparse.compiler import CompiledAttention
     from flexsparse.explorer.marks import MarkedText
 
@@ -85,40 +90,70 @@ def command(
       flexsparse code "sliding_window(512)" --stage triton --diff "sliding_window(512) + alibi()"
       flexsparse code "sparsek_window(512, 512)" --stage plan --device cuda --against backend=flex
     """
-    from flexsparse.cli import codeview, render
-
     shared.check_folder("--out", out)
-    view = _View(expression, stage, target, given)
-    sides = [view, read_against(view, other, against)] if other is not None or against else [view]
-    with render.working(f"Making {stage}"):
-        made = [side.made() for side in sides]
-    console = render.stdout()
-    on_terminal = sys.stdout.isatty() and out is None and not as_json
-    texts = [text for _, text in made]
-    if len(texts) == 2:
-        from flexsparse.explorer.difference import difference
+    view, output = _View(expression, stage, target, given), _Output(out, as_json, not no_pager)
+    if other is None and not against:
+        _show(view, full, output)
+    else:
+        _show_difference(view, read_against(view, other, against), output)
 
-        found = difference(texts[0], texts[1], (view.name, sides[1].name_beside(view)))
-        data: dict[str, Any] = {"pattern": expression, "other": sides[1].expression, "stage": stage, "diff": found}
-        shown = codeview.difference(found, console)
-    else:
-        text = texts[0].folded() if full is False or (on_terminal and full is None) else texts[0]
-        found = str(text)
-        data = _data(view, made[0][0], text, as_json)
-        shown = codeview.marked(text, _LANGUAGES.get(stage, "python"), console)
-    if out is not None:
-        shared.write_file("--out", out, found if found.endswith("\n") else found + "\n")
-    if as_json:
-        shared.print_json(data)
-    elif out is not None:
-        click.echo(f"note: {'the diff of ' if len(texts) == 2 else ''}{stage} is in {out}", err=True)
-    elif not found:
-        click.echo(f"note: no line of {stage} differs", err=True)
-    elif on_terminal:
-        codeview.show(shown, paged=not no_pager)
-    else:
-        with whole_or_not():
-            click.echo(found, nl=not found.endswith("\n"))
+
+def _show(view: _View, full: bool | None, output: _Output) -> None:
+    from flexsparse.cli import codeview, render
+    from flexsparse.explorer.stages import SOURCES
+
+    with render.working(f"Making {view.stage}"):
+        attention, text = view.made()
+    if view.stage in (*SOURCES, "kernels") and (output.on_terminal if full is None else not full):
+        text = text.folded()
+    output.put(
+        str(text),
+        view.stage,
+        functools.partial(_data, view, attention, text),
+        functools.partial(codeview.marked, text, _LANGUAGES.get(view.stage, "python")),
+    )
+
+
+def _show_difference(view: _View, other: _View, output: _Output) -> None:
+    from flexsparse.cli import codeview, render
+    from flexsparse.explorer.difference import difference
+
+    with render.working(f"Making {view.stage}"):
+        texts = [side.made()[1] for side in (view, other)]
+    found = difference(texts[0], texts[1], (view.name, other.name_beside(view)))
+    data = {"pattern": view.expression, "other": other.expression, "stage": view.stage, "diff": found}
+    if not found:
+        click.echo(f"note: no line of {view.stage} differs", err=True)
+    output.put(found, f"what differs in {view.stage}", lambda: data, functools.partial(codeview.difference, found))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where a text goes: to a file, as JSON, to a terminal, or into a pipe."""
+
+    out: str | None
+    as_json: bool
+    paged: bool
+
+    @property
+    def on_terminal(self) -> bool:
+        return sys.stdout.isatty() and self.out is None and not self.as_json
+
+    def put(self, text: str, about: str, data: Callable[[], dict[str, Any]], drawn: Callable[[Console], Text]) -> None:
+        """``data`` and ``drawn`` are for those who see them: they take time."""
+        from flexsparse.cli import codeview, render
+
+        if self.out is not None:
+            shared.write_file("--out", self.out, text + "\n" * (text != "" and not text.endswith("\n")))
+        if self.as_json:
+            shared.print_json(data())
+        elif self.out is not None:
+            click.echo(f"note: {about} is in {self.out}", err=True)
+        elif self.on_terminal and text:
+            codeview.show(drawn(render.stdout()), paged=self.paged)
+        elif text:
+            with whole_or_not():
+                click.echo(text, nl=not text.endswith("\n"))
 
 
 @dataclass(frozen=True)
@@ -153,14 +188,12 @@ class _View:
         return attention, attention.marked_code(self.stage, self.target)
 
 
-def _data(view: _View, attention: CompiledAttention, text: MarkedText, wanted: bool) -> dict[str, Any]:
-    """What ``--json`` prints; empty where it is not wanted, as resources take the compiler's time."""
+def _data(view: _View, attention: CompiledAttention, text: MarkedText) -> dict[str, Any]:
+    """What ``--json`` prints."""
     from dataclasses import asdict
 
     from flexsparse.explorer.stages import KERNEL_STAGES, SOURCES
 
-    if not wanted:
-        return {}
     data: dict[str, Any] = {"pattern": view.expression, "stage": view.stage, "code": str(text)}
     if view.stage in KERNEL_STAGES and view.stage != "cpp":
         data["target"] = view.target

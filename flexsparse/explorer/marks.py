@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-KINDS = ("mask", "score", "gate")
 LEGEND = (
     '# Lines behind which "# mask", "# score" or "# gate" stands come from the pattern: from the part that is named,',
     "# and computing what is said. A word alone says no more than that the line belongs to such a section.",
@@ -22,9 +21,9 @@ _KEPT = re.compile(r"#|def |for |.*\btl\.dot\(")
 class Mark:
     """What a line has from the pattern.
 
-    ``kind`` is one of KINDS, or "score and gate" where a section mixes them; ``origins`` are the named parts of the
-    pattern that it comes from, and ``expression`` is what the line computes. Both are empty where no more is known
-    than that the line is part of such a section.
+    ``kind`` is "mask", "score" or "gate", or "score and gate" where a section mixes them; ``origins`` are the named
+    parts of the pattern that it comes from, and ``expression`` is what the line computes. Both are empty where no more
+    is known than that the line is part of such a section.
     """
 
     kind: str
