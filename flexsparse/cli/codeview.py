@@ -36,21 +36,21 @@ def show(text: Text, *, paged: bool) -> None:
 def marked(text: MarkedText, language: str, console: Console) -> Text:
     """The text in the colours of its language, with the marks of the pattern's lines in theirs."""
     code = "\n".join(line for line, _ in text.lines)
-    coloured = Text(code) if _plain(console) else Syntax(code, language, theme="ansi_dark").highlight(code)
+    coloured = Text(code) if _colourless(console) else Syntax(code, language, theme="ansi_dark").highlight(code)
     # Highlighting ends a text with a line break.
     coloured.rstrip()
     parts = coloured.split("\n", allow_blank=True)
     for part, (_, mark) in zip(parts, text.lines, strict=False):
         if mark is not None:
-            part.append("  ").append(str(mark), "" if _plain(console) else _MARKED[mark.kind])
+            part.append("  ").append(str(mark), "" if _colourless(console) else _MARKED[mark.kind])
     return Text("\n").join(parts)
 
 
 def difference(text: str, console: Console) -> Text:
     """A unified diff, in colour where the console has it."""
-    styled = [Text(line, "" if _plain(console) else _DIFFERENCE.get(line[:1], "")) for line in text.splitlines()]
+    styled = [Text(line, "" if _colourless(console) else _DIFFERENCE.get(line[:1], "")) for line in text.splitlines()]
     return Text("\n").join(styled)
 
 
-def _plain(console: Console) -> bool:
+def _colourless(console: Console) -> bool:
     return console.no_color or not console.is_terminal

@@ -17,6 +17,9 @@ from flexsparse.errors import SettingError
 from flexsparse.roofline import Roofline
 
 _ROWS, _WIDEST, _LEFT = 11, 56, 9
+# The slope of the roof, its flat, and the points.
+_UNICODE = ("╱", "─", {"floor": "○", "predicted": "●"})
+_ASCII = ("/", "-", {"floor": "o", "predicted": "*"})
 _PLOT_WIDTH, _PLOT_HEIGHT = 640, 340
 
 
@@ -69,9 +72,7 @@ def _points(found: Roofline) -> list[tuple[str, float]]:
 def terminal(found: Roofline, console: Console) -> Text:
     """The roof and the plan's points in characters, ``console`` wide at most, with a legend."""
     ascii_only = render.plain(console)
-    slope, flat, marks = ("/", "-", {"floor": "o", "predicted": "*"}) if ascii_only else ("╱", "─", {
-        "floor": "○", "predicted": "●"
-    })  # fmt: skip
+    slope, flat, marks = _ASCII if ascii_only else _UNICODE
     frame, width = _frame(found), max(24, min(_WIDEST, console.width - _LEFT - 2))
     cells = [[" "] * width for _ in range(_ROWS)]
 
@@ -90,9 +91,9 @@ def terminal(found: Roofline, console: Console) -> Text:
     for number, line in enumerate(cells):
         label = f"{ticks[number]:>{_LEFT - 2},g} " if number in ticks else " " * (_LEFT - 1)
         drawn = Text(label + ("|" if ascii_only else "│"), "bright_black")
-        for character in line:
-            drawn.append(character, "bold yellow" if character in marks.values() else "cyan")
-        lines.append(drawn)
+        body = Text("".join(line).rstrip(), "cyan")
+        body.highlight_words(list(marks.values()), "bold yellow")
+        lines.append(drawn.append_text(body))
     lines += [_axis(frame, width, ascii_only), *_legend(found, marks)]
     return Text("\n").join(lines)
 
@@ -110,10 +111,10 @@ def _axis(frame: _Frame, width: int, ascii_only: bool) -> Text:
 
 
 def _legend(found: Roofline, marks: dict[str, str]) -> list[Text]:
-    lines = [Text(f"{marks['floor']} ", "bold yellow").append(_floor_text(found), "default")]
+    lines = [Text("  ").append(marks["floor"], "bold yellow").append(f" {_floor_text(found)}")]
     if found.predicted is not None:
-        lines.append(Text(f"{marks['predicted']} ", "bold yellow").append(_predicted_text(found), "default"))
-    return [Text("  ").append_text(line) for line in lines]
+        lines.append(Text("  ").append(marks["predicted"], "bold yellow").append(f" {_predicted_text(found)}"))
+    return lines
 
 
 def _floor_text(found: Roofline) -> str:
