@@ -112,7 +112,8 @@ def _part(program: Program, mask: Node, known: Mapping[Node, Node]) -> _Part:
     return _Part(simplify(mask), *(simplify(replaced(e, known)) for e in rest))
 
 
-def _parts(program: Program) -> dict[str, _Part]:
+def parts_of(program: Program) -> dict[str, _Part]:
+    """Every part by name: "full" and "near" where the pattern allows keys by itself, then "selected 0" and so on."""
     near = near_mask(program)
     parts = {}
     if near != FALSE:
@@ -253,7 +254,7 @@ def _title(program: Program) -> str:
 @functools.lru_cache(maxsize=256)
 def gathered_source(program: Program) -> GatheredSource:
     """The kernels of a program with at least one selection and nothing that the text cannot say."""
-    parts = _parts(program)
+    parts = parts_of(program)
     gated = sorted({gate.number for part in parts.values() for gate in part.gates})
     slot_gates = {
         n: tuple(dict.fromkeys(gate.number for gate in parts[f"selected {n}"].gates))

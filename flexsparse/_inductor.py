@@ -1,4 +1,4 @@
-"""What Inductor generates for a CUDA device from a graph that was captured and differentiated on a CPU.
+"""What Inductor generates from a graph that was captured and differentiated on a CPU, for a CUDA device or that CPU.
 
 The importer of the private names that this takes; all of them are of torch 2.13, and others may lack some.
 """
@@ -40,10 +40,11 @@ class _GeneratedError(Exception):
 class Capture:
     """A backend for torch.compile that keeps texts and computes nothing: of each graph, and Inductor's for both passes.
 
-    ``arch`` is the compute capability, 90 for 9.0; ``training`` says that the forward pass keeps what backward needs.
+    ``arch`` is the compute capability, 90 for 9.0, or None for C++ that runs on this CPU; ``training`` says that the
+    forward pass keeps what backward needs.
     """
 
-    def __init__(self, arch: int, shared_block: int, training: bool) -> None:
+    def __init__(self, arch: int | None, shared_block: int, training: bool) -> None:
         self.arch, self.shared_block, self.training = arch, shared_block, training
         self.graphs: list[str] = []
         self.forward: list[str] = []
@@ -70,10 +71,15 @@ class Capture:
             before = len(into)
             stopped = unittest.mock.patch.object(GraphLowering, "_compile_to_module", stop)
             alone = torch._inductor.config.patch({"fx_graph_cache": False, "compile_threads": 1})
-            with fake_gpu(self.arch, self.shared_block), stopped, alone:
-                moved, on_gpu = _retargeted(graph, inputs, keeps_lse=self.training)
+            with contextlib.ExitStack() as stack:
+                moved, operands = graph, inputs
+                if self.arch is not None:
+                    stack.enter_context(fake_gpu(self.arch, self.shared_block))
+                    moved, operands = _retargeted(graph, inputs, keeps_lse=self.training)
+                stack.enter_context(stopped)
+                stack.enter_context(alone)
                 try:
-                    compile_fx_inner(moved, on_gpu, is_backward=backward)
+                    compile_fx_inner(moved, operands, is_backward=backward)
                 except Exception:
                     # Inductor wraps what stopped it in an error of its own.
                     if len(into) == before:

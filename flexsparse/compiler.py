@@ -18,20 +18,27 @@ from flexsparse.dense import reference
 from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
 from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
+from flexsparse.explorer.gathered_marks import mark_gathered
+from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
-from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources
+from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources, kernel_roofline
+from flexsparse.explorer.tile_text import tile_text
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
-from flexsparse.ir.program import Program
+from flexsparse.ir.program import Program, program_text
 from flexsparse.parser import parse
-from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern
+from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern, tiles_of_shapes
 from flexsparse.plan import Plan
+from flexsparse.roofline import Roofline
 from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.settings import Settings
 from flexsparse.traced import attend_traced, key_of, remember
 
-STAGES = ("expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels", "plan", *KERNEL_STAGES)
+STAGES = (
+    *("expr", "canonical", "ir", "tiles", "plan", "source", "mask_mod", "score_mod", "rows", "kernels"),
+    *KERNEL_STAGES,
+)
 
 
 def compile(
@@ -310,26 +317,51 @@ class CompiledAttention:
         return (self.bind(**shapes) if shapes else self._last()).explain(hardware)
 
     def code(self, stage: str, target: str = "sm_90") -> str:
-        """The text of one stage: "expr", "ir", "source", "mask_mod", "score_mod", "rows", "kernels" or "plan".
+        """The text of one stage, from "expr", "ir" and "canonical" over "source", "mask_mod", "score_mod" to kernels.
 
-        "rows" is the module of backend="gather_flex", whose functions take rows in place of keys; "kernels" the Triton
-        module of backend="gather" for any shapes; "plan" wants shapes, by a call or ``bind``.
+        "canonical" is the IR in the one form that equal masks share; "rows" the module of backend="gather_flex", whose
+        functions take rows in place of keys; "kernels" the Triton module of backend="gather" for any shapes. "plan" and
+        "tiles", which lists what a plan computes, want shapes, by a call or ``bind``.
 
         So do the stages of the attention kernels that a GPU would run: for ``target`` ("sm_80", "sm_90", "sm_100", or
         for kernels that gather "gfx942"), which need not be there. "graph" is the call of FlexAttention as Dynamo
         captures it on a CPU; "triton" and "triton-backward" are the kernels' source, ours or Inductor's, with what
         they are launched with; "ttir", "ttgir", "llvm", "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's
-        compiler, and "resources" a table of registers, spills, shared memory, occupancy and instructions. Where the
-        shapes want gradients, the last seven have the backward kernels as well.
+        compiler, and "resources" tables of registers, spills, shared memory, occupancy, instructions and loads. Where
+        the shapes want gradients, the last seven have the backward kernels as well. "cpp" is the C++ of FlexAttention
+        for inference on this CPU.
+        In Triton source, lines that come from the pattern have a comment that says from which part of it.
         Raises SettingError, NotBoundError, and BackendError where there are no such kernels or a compiler refuses.
         """
+        return str(self.marked_code(stage, target))
+
+    def marked_code(self, stage: str, target: str = "sm_90") -> MarkedText:
+        """The text of ``code`` line by line, with what each line of a Triton kernel has from the pattern."""
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
+        if stage == "kernels" and can_gather(self.ir):
+            return mark_gathered(gathered_source(self.ir).text, self._expression.node, self.ir)
+        if stage in KERNEL_STAGES:
+            shapes = self._last(stage).plan.shapes
+            return kernel_code(self._expression.node, self._compiled, self._settings, shapes, stage, target)
+        return MarkedText.plain(self._text(stage))
+
+    def _text(self, stage: str) -> str:
+        """The text of a stage before the kernels."""
         if stage == "expr":
             return str(self._expression)
         if stage == "ir":
             return str(self.ir)
+        if stage == "canonical":
+            # It brings sympy, for which nothing else here waits.
+            from flexsparse.ir.canonical import canonical
+
+            return "\n".join(f"{n:<10} = {program_text(canonical(e))}" for n, e in self.ir.expressions.items())
+        if stage == "tiles":
+            shapes = self._last(stage).plan.shapes
+            found = tiles_of_shapes(self._compiled, shapes, self._settings)
+            return "\n\n".join(tile_text(tiles) for tiles in found if tiles is not None) or tile_text(None)
         if stage == "plan":
             return str(self.explain())
         if stage == "source":
@@ -337,11 +369,7 @@ class CompiledAttention:
         if stage == "rows":
             return self._compiled.rows.source if self.ir.selections else "# no copies of keys: nothing is selected"
         if stage == "kernels":
-            if not can_gather(self.ir):
-                return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
-            return gathered_source(self.ir).text
-        if stage in KERNEL_STAGES:
-            return kernel_code(self._compiled, self._settings, self._last(stage).plan.shapes, stage, target)
+            return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
         return self._compiled.generated.function_source(stage)
 
     def resources(self, target: str = "sm_90") -> list[Resources]:
@@ -350,6 +378,13 @@ class CompiledAttention:
         Triton's compiler tells; no GPU is needed. Raises as ``code`` does.
         """
         return kernel_resources(self._compiled, self._settings, self._last("resources").plan.shapes, target)
+
+    def roofline(self, target: str = "sm_90") -> Roofline | None:
+        """Operations, bytes and times of the forward pass of the last call or ``bind`` on a GPU of that architecture.
+
+        None where the operations depend on tensors of the call. Raises SettingError, NotBoundError or BackendError.
+        """
+        return kernel_roofline(self._compiled, self._settings, self._last("roofline").plan.shapes, target)
 
     def _last(self, wanted: str = "plan") -> BoundAttention:
         if self._bound is None:

@@ -52,7 +52,7 @@ def predict(plan: Plan, hardware: Hardware) -> Cost | None:
     full = tiles.full * tile_flops / (rate * hardware.full_share)
     partial = tiles.partial * tile_flops / (rate * hardware.partial_share)
     compute = plan.calls * (full + partial) / hardware.multiprocessors
-    moved = plan.calls * _bytes(plan)
+    moved = plan.calls * plan.operand_bytes
     parts = {
         "tiles": compute,
         "memory": moved / (hardware.bandwidth_gbs * 1e9),
@@ -61,15 +61,6 @@ def predict(plan: Plan, hardware: Hardware) -> Cost | None:
     bound = max(parts, key=lambda name: parts[name])
     seconds = max(parts["tiles"], parts["memory"]) + parts["launch"]
     return Cost(plan.flops, moved, _list_bytes(plan), seconds, bound, parts, hardware.name)
-
-
-def _bytes(plan: Plan) -> int:
-    shapes = plan.shapes
-    size = shapes.dtype.itemsize
-    queries = shapes.batch * shapes.heads * shapes.q_len * (shapes.head_dim + shapes.value_dim)
-    keys = shapes.batch * shapes.kv_heads * shapes.kv_len * (shapes.head_dim + shapes.value_dim)
-    lse = 4 * shapes.batch * shapes.heads * shapes.q_len
-    return (queries + keys) * size + lse
 
 
 def _list_bytes(plan: Plan) -> int:

@@ -25,8 +25,8 @@ from flexsparse.runtime.completion import completed, is_carried
 from flexsparse.runtime.flex import Launchers, attend_flex
 from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.gathered_flex import RowsCall, attend_rows
-from flexsparse.runtime.inputs import Shapes
-from flexsparse.runtime.residues import attend_residues, class_shapes
+from flexsparse.runtime.inputs import Shapes, class_shapes
+from flexsparse.runtime.residues import attend_residues
 from flexsparse.settings import Settings
 
 

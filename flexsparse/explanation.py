@@ -10,6 +10,7 @@ from flexsparse.cost import Cost, predict
 from flexsparse.hardware import Hardware
 from flexsparse.ir.program import Program
 from flexsparse.plan import Plan, TileCounts
+from flexsparse.roofline import Roofline, roofline
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Explanation:
         if self.hardware is None or self.plan.backend != "flex":
             return None
         return predict(self.plan, self.hardware)
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """Operations and bytes under the roof of ``hardware``; None without it, with tiles unknown, in float64."""
+        if self.hardware is None:
+            return None
+        return roofline(self.plan, self.hardware, None if self.cost is None else self.cost.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -51,6 +59,7 @@ class Explanation:
             ],
             "notes": list(self.plan.notes),
             "cost": None if self.cost is None else asdict(self.cost),
+            "roofline": None if self.roofline is None else self.roofline.as_dict(),
         }
 
     def __str__(self) -> str:
@@ -83,6 +92,8 @@ class Explanation:
             lines.append(f"work      {self.plan.flops or 0:.3g} floating-point operations forward, in whole tiles")
         if self.cost is not None:
             lines.append(f"cost      {self.cost}")
+        if self.roofline is not None:
+            lines.append(f"roofline  {self.roofline}")
         lines.append(f"mask      {self.plan.mask_rows} row(s) x {self.plan.mask_heads} head(s){self.plan.heads_alike}")
         lines += [f"note      {note}" for note in self.plan.notes]
         return "\n".join(lines)

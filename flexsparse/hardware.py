@@ -31,6 +31,7 @@ class Hardware:
 
 
 _DATASHEET = "rates of the vendor's data sheet; shares of the H200, not measured on this device"
+_OF_AMD = "peak rates as AMD's own roofline tools list them; shares of the H200, not measured on this device"
 # Fitted to the kernel times of the full and window rows of benchmarks/results/flex_kernels_h200.json: a full tile takes
 # 19.5 ns of the H200, a partial one 37.6 ns.
 _SHARES = {"full_share": 0.436, "partial_share": 0.227, "launch_us": 10.0}
@@ -42,6 +43,7 @@ DEVICES = {
         Hardware("H100", 989, 3350, 132, **_SHARES, source=_DATASHEET),
         Hardware("H200", 989, 4800, 132, **_SHARES, source="rates of the data sheet; shares fitted on one H200"),
         Hardware("B200", 2250, 8000, 148, **_SHARES, source=_DATASHEET),
+        Hardware("MI300X", 1307.4, 5300, 304, **_SHARES, source=_OF_AMD),
         Hardware("RTX 4090", 165, 1008, 128, **_SHARES, source=_DATASHEET),
         Hardware("CPU", 0.1, 20, 2, 0.5, 0.5, 50.0, "a guess for two cores; run `flexsparse hardware`"),
     )

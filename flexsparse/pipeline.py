@@ -23,8 +23,7 @@ from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
 from flexsparse.plan import Plan, choose, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
-from flexsparse.runtime.inputs import Shapes, check_captured
-from flexsparse.runtime.residues import class_shapes
+from flexsparse.runtime.inputs import Shapes, check_captured, class_shapes
 from flexsparse.runtime.tile_cache import TileCache
 from flexsparse.settings import CHUNK, Settings
 
@@ -162,16 +161,21 @@ def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> _Tiled:
 
 def bind_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> Plan:
     """The plan for shapes alone; its tiles are known where the mask reads no tensor."""
-    program = compiled.program
-    tiles, rest = None, None
+    return make_plan(compiled.program, shapes, settings, *tiles_of_shapes(compiled, shapes, settings))
+
+
+def tiles_of_shapes(compiled: Compiled, shapes: Shapes, settings: Settings) -> tuple[Tiles | None, Tiles | None]:
+    """The tiles that the chosen backend reads, and those of a second call; None where they depend on tensors.
+
+    Raises as ``choose`` does.
+    """
     read = _tiled(compiled, shapes, settings)
-    if not reads_tensors(read.program.mask) and (read.rest is None or not reads_tensors(read.rest.mask)):
-        # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
-        here = torch.device("cpu")
-        tiles = classify_tiles(read.program, replace(read.shapes, device=here), read.settings, {}, read.rows)
-        if read.rest is not None:
-            rest = classify_tiles(read.rest, replace(shapes, device=here), settings, {})
-    return make_plan(program, shapes, settings, tiles, rest)
+    if reads_tensors(read.program.mask) or (read.rest is not None and reads_tensors(read.rest.mask)):
+        return None, None
+    # Plans are made where there is no such device: tiles of shapes alone are counted on the CPU.
+    here = torch.device("cpu")
+    tiles = classify_tiles(read.program, replace(read.shapes, device=here), read.settings, {}, read.rows)
+    return tiles, None if read.rest is None else classify_tiles(read.rest, replace(shapes, device=here), settings, {})
 
 
 def classify_tiles(

@@ -83,6 +83,15 @@ class Plan:
         elements += self.shapes.batch * self.shapes.heads * self.shapes.q_len * self.gathered
         return 2 * elements * (self.shapes.head_dim + self.shapes.value_dim) * self.calls
 
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of query, key, value, output and lse of one call: what it reads and writes at least."""
+        shapes = self.shapes
+        queries = shapes.batch * shapes.heads * shapes.q_len * (shapes.head_dim + shapes.value_dim)
+        keys = shapes.batch * shapes.kv_heads * shapes.kv_len * (shapes.head_dim + shapes.value_dim)
+        lse = 4 * shapes.batch * shapes.heads * shapes.q_len
+        return (queries + keys) * shapes.dtype.itemsize + lse
+
 
 def count_tiles(*parts: Tiles) -> TileCounts:
     """The tiles of each kind, over all parts."""

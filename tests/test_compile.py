@@ -83,8 +83,9 @@ def test_unknown_stage_is_refused() -> None:
     with pytest.raises(SettingError) as caught:
         fs.compile("causal").code("scoremod")
     assert str(caught.value) == (
-        "stage: got 'scoremod', expected one of 'expr', 'ir', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', "
-        "'plan', 'graph', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', 'sass', 'amdgcn', 'resources'. "
+        "stage: got 'scoremod', expected one of 'expr', 'canonical', 'ir', 'tiles', 'plan', 'source', 'mask_mod', "
+        "'score_mod', 'rows', 'kernels', 'graph', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', 'sass', "
+        "'amdgcn', 'resources', 'cpp'. "
         "Did you mean 'score_mod'?"
     )
 

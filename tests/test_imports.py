@@ -28,7 +28,7 @@ LEVELS = (
     ("analysis",),
     ("codegen",),
     ("settings", "runtime", "backends", "plan"),
-    ("cost",),
+    ("cost", "roofline"),
     ("explanation",),
     ("pipeline",),
     (

@@ -12,9 +12,8 @@ from torch import Tensor
 from triton import cdiv
 
 from flexsparse.codegen.kernels.launch import launch
+from flexsparse.settings import KEY_BITS
 
-# A key is held in so many bits; above them is for how many queries of its chunk it stays. No row is longer than this.
-KEY_BITS = 24
 _KEY_BITS = tl.constexpr(KEY_BITS)
 _BLOCK = 1024
 

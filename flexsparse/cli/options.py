@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,3 +139,19 @@ def finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def write_file(option: str, path: str, data: str | bytes) -> None:
+    """Into a file that is there whole or stays as it was. Raises SettingError about ``option``."""
+    from flexsparse.files import write_whole
+
+    try:
+        write_whole(pathlib.Path(path).resolve(), data)
+    except OSError as error:
+        raise SettingError(option, got=f"{path!r}: {error.strerror}", expected="a file to write") from None
+
+
+def check_folder(option: str, path: str | None) -> None:
+    """Raises SettingError where no file can be at ``path``, before any work is done for it."""
+    if path is not None and not pathlib.Path(path).resolve().parent.is_dir():
+        raise SettingError(option, got=repr(path), expected="a file in a directory that exists")

@@ -29,12 +29,12 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Order:
-    """A pattern as text, the plan of a call on a GPU, and the GPU."""
+    """A pattern as text, the plan of a call on a GPU, and the GPU; None stands for this CPU."""
 
     pattern: str
     settings: Settings
     plan: Plan
-    target: Target
+    target: Target | None
 
 
 def flex_kernels(compiled: Compiled, settings: Settings, plan: Plan, target: Target) -> tuple[Kernel, ...]:
@@ -54,11 +54,28 @@ def flex_graphs(compiled: Compiled, settings: Settings, plan: Plan, target: Targ
     return _texts(_order(compiled, settings, plan, target))["graph"]
 
 
-def _order(compiled: Compiled, settings: Settings, plan: Plan, target: Target) -> Order:
-    if not target.is_nvidia:
-        raise _refused(target, f"FlexAttention for {target.name}", "sm_80, sm_90 or sm_100 for what Inductor generates")
+def cpp_kernels(compiled: Compiled, settings: Settings, plan: Plan) -> list[str]:
+    """The C++ of the forward pass on this CPU, kernel by kernel, with their names. Raises BackendError."""
+    return [cpp for text in _texts(_order(compiled, settings, plan, None))["forward"] for cpp in cpp_in(text)]
+
+
+def cpp_in(text: str) -> Iterator[str]:
+    """The C++ kernels of one of Inductor's modules, each below its name."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            made = node.value.func
+            if isinstance(made, ast.Attribute) and made.attr in ("cpp", "cpp_pybinding"):
+                source = next(
+                    a.value for a in node.value.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+                )
+                yield f"// {ast.unparse(node.targets[0])}\n{source.strip()}\n"
+
+
+def _order(compiled: Compiled, settings: Settings, plan: Plan, target: Target | None) -> Order:
+    if target is not None and not target.is_nvidia:
+        raise refused(target, f"FlexAttention for {target.name}", "sm_80, sm_90 or sm_100 for what Inductor generates")
     if compiled.program.opaque:
-        raise _refused(target, "functions that could not be traced", "a pattern whose text says all of it")
+        raise refused(target, "functions that could not be traced", "a pattern whose text says all of it")
     return Order(compiled.title, settings, plan, target)
 
 
@@ -79,19 +96,21 @@ def _texts(order: Order) -> dict[str, list[str]]:
         path = folder / "texts.json"
         if not path.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise _refused(order.target, f"{ended(done.returncode)}: {lines[-1][:300] if lines else 'no message'}")
+            raise refused(order.target, f"{ended(done.returncode)}: {lines[-1][:300] if lines else 'no message'}")
         found: dict[str, list[str]] = json.loads(path.read_text())
     if "error" in found:
-        raise _refused(order.target, found["error"][0])
+        raise refused(order.target, found["error"][0])
     return found
 
 
-def _refused(target: Target, got: str, expected: str = "") -> BackendError:
+def refused(target: Target | None, got: str, expected: str = "", mend: str = "") -> BackendError:
+    """The error for what this version of torch cannot generate, for a GPU or, with None, for this CPU."""
+    place = "C++ for on this CPU" if target is None else "kernels for without a GPU"
     return BackendError(
-        f"target={target.name!r}",
+        "stage='cpp'" if target is None else f"target={target.name!r}",
         got=got,
-        expected=expected or f"a call that torch {torch.__version__} can generate kernels for without a GPU",
-        mend="The stage 'source' shows the functions that FlexAttention takes.",
+        expected=expected or f"a call that torch {torch.__version__} can generate {place}",
+        mend=mend or "The stage 'source' shows the functions that FlexAttention takes.",
     )
 
 

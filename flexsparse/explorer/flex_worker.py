@@ -15,6 +15,7 @@ import torch
 
 from flexsparse import _dynamo, _inductor
 from flexsparse.compiler import compile
+from flexsparse.errors import BackendError
 from flexsparse.example_inputs import example_call
 from flexsparse.explorer.flex import Order
 from flexsparse.pipeline import Bound, bind_call, compile_pattern
@@ -29,15 +30,17 @@ def main(folder: pathlib.Path) -> None:
         capture = _captured(order)
         found = {"forward": capture.forward, "backward": capture.backward, "graph": capture.graphs}
     except Exception as error:  # noqa: BLE001
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        found = {"error": [f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"]}
+        # Running the pattern has put what the compiler said into an error of its own.
+        said = error.got if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+        found = {"error": [next(line for line in said.splitlines() if line.strip())[:300]]}
     (folder / "texts.json").write_text(json.dumps(found))
 
 
 def _captured(order: Order) -> _inductor.Capture:
     """Call the pattern on CPU tensors, with a backend that generates code for the target and computes nothing."""
     shapes, target = order.plan.shapes, order.target
-    assert isinstance(target.arch, int)
+    arch = None if target is None else target.arch
+    assert arch is None or isinstance(arch, int)
     attention = compile(
         order.pattern,
         backend=order.plan.backend,
@@ -65,7 +68,7 @@ def _captured(order: Order) -> _inductor.Capture:
         ):
             # Its gradient comes through the chunked path, which needs the LSE and is not FlexAttention's.
             buffers[name], carried = value.detach(), True
-    capture = _inductor.Capture(target.arch, target.shared_block, shapes.needs_grad)
+    capture = _inductor.Capture(arch, 0 if target is None else target.shared_block, shapes.needs_grad)
     with (
         torch.set_grad_enabled(shapes.needs_grad),
         _inductor.cpu_for_gpu(),

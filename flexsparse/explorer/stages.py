@@ -8,48 +8,100 @@ from dataclasses import replace
 import torch
 
 from flexsparse.codegen.gathered import gathered_source
+from flexsparse.codegen.gathering.rows import program_of_rows
 from flexsparse.errors import BackendError, SettingError
+from flexsparse.explanation import Explanation
 from flexsparse.explorer.cross import compile_kernels
-from flexsparse.explorer.flex import flex_graphs, flex_kernels
+from flexsparse.explorer.flex import cpp_kernels, flex_graphs, flex_kernels, refused
+from flexsparse.explorer.flex_marks import mark_flex
+from flexsparse.explorer.gathered_marks import mark_gathered
 from flexsparse.explorer.kernel import Kernel, source_of
+from flexsparse.explorer.marks import LEGEND, MarkedText
 from flexsparse.explorer.resources import Resources, resources_of, table
 from flexsparse.explorer.targets import Target, find_target
+from flexsparse.hardware import find
+from flexsparse.ir.nodes import Node
 from flexsparse.pipeline import Compiled, bind_shapes
 from flexsparse.plan import Plan
+from flexsparse.roofline import Roofline
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
 
 SOURCES = ("triton", "triton-backward")
 COMPILED = ("ttir", "ttgir", "llvm", "ptx", "sass", "amdgcn")
-KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources")
+KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources", "cpp")
 _BY_FLEX = ("flex", "gather_flex")
 _ELSEWHERE = {"ptx": "amdgcn", "sass": "amdgcn", "amdgcn": "ptx"}
 
 
-def kernel_code(compiled: Compiled, settings: Settings, shapes: Shapes, stage: str, target_name: str) -> str:
-    """The text of one of ``KERNEL_STAGES`` for the backend that would run on ``target_name``.
+def kernel_code(
+    pattern: Node, compiled: Compiled, settings: Settings, shapes: Shapes, stage: str, target_name: str
+) -> MarkedText:
+    """The text of one of ``KERNEL_STAGES`` for the backend that would run on ``target_name``; Triton's has its marks.
 
     "graph" is what FlexAttention's compiler starts from, as captured on a CPU. "triton-backward" has the kernels of the
     backward pass; the stages after it have those as well where ``shapes`` wants gradients. Kernels whose block sizes
-    are chosen on a GPU have a source and nothing further. Raises SettingError, BackendError or DeviceError.
+    are chosen on a GPU have a source and nothing further. "cpp" is what FlexAttention's compiler generates for
+    inference on this CPU, whatever the target. Raises SettingError, BackendError or DeviceError.
     """
     target = find_target(target_name)
     _check(stage, target)
+    if stage == "cpp":
+        return MarkedText.plain(_cpp(compiled, settings, shapes))
     if stage == "graph":
-        return _graph(compiled, settings, shapes, target)
-    ways = (stage == "triton-backward",) if stage in SOURCES else None
-    kernels = kernels_of(compiled, settings, shapes, target, ways)
+        return MarkedText.plain(_graph(compiled, settings, shapes, target))
     if stage in SOURCES:
-        return source_of(kernels)
+        return _marked_source(pattern, compiled, settings, shapes, target, stage == "triton-backward")
+    kernels = kernels_of(compiled, settings, shapes, target)
     if stage == "resources":
-        return table(_resources(kernels, target), target)
+        under = _under_the_roof(_plan(compiled, settings, shapes), compiled, target)
+        return MarkedText.plain(f"{table(_resources(kernels, target), target)}\n{under}")
     made = compile_kernels([kernel for kernel in kernels if kernel.fixed], target)
     comment = {"llvm": ";", "amdgcn": ";"}.get(stage, "//")
-    return "\n".join(f"{comment} {one.kernel.name}\n{one.texts[stage].rstrip()}\n" for one in made)
+    texts = (f"{comment} {one.kernel.name}\n{one.texts[stage].rstrip()}\n" for one in made)
+    return MarkedText.plain("\n".join(texts))
+
+
+def _marked_source(
+    pattern: Node, compiled: Compiled, settings: Settings, shapes: Shapes, target: Target, backward: bool
+) -> MarkedText:
+    plan = _plan(compiled, settings, replace(shapes, needs_grad=shapes.needs_grad or backward))
+    kernels = _kernels(compiled, settings, plan, target)
+    text = source_of([kernel for kernel in kernels if kernel.backward == backward])
+    if plan.backend == "gather":
+        marked = mark_gathered(text, pattern, compiled.program)
+    else:
+        over_rows = plan.backend == "gather_flex"
+        marked = mark_flex(text, pattern, program_of_rows(compiled.program) if over_rows else compiled.program)
+    # Behind the launches, which stand above the code.
+    head = next(n for n, (line, _) in enumerate(marked.lines) if not line)
+    return MarkedText((*marked.lines[:head], *((line, None) for line in LEGEND), *marked.lines[head:]))
+
+
+def _plan(compiled: Compiled, settings: Settings, shapes: Shapes) -> Plan:
+    """The plan of such a call on a GPU, which need not be there."""
+    return bind_shapes(compiled, replace(shapes, device=torch.device("cuda")), settings)
+
+
+def kernel_roofline(compiled: Compiled, settings: Settings, shapes: Shapes, target_name: str) -> Roofline | None:
+    """The forward pass of such a call under the roof of a GPU with that architecture."""
+    target = find_target(target_name)
+    return _explained(_plan(compiled, settings, shapes), compiled, target).roofline
+
+
+def _explained(plan: Plan, compiled: Compiled, target: Target) -> Explanation:
+    return Explanation(compiled.title, compiled.program, plan, find(target.device))
+
+
+def _under_the_roof(plan: Plan, compiled: Compiled, target: Target) -> str:
+    found = _explained(plan, compiled, target).roofline
+    if found is None:
+        return "How many operations it takes depends on tensors of the call."
+    return f"{found}.\n{target.device}: {found.source}."
 
 
 def _graph(compiled: Compiled, settings: Settings, shapes: Shapes, target: Target) -> str:
-    plan = bind_shapes(compiled, replace(shapes, device=torch.device("cuda")), settings)
+    plan = _plan(compiled, settings, shapes)
     if plan.backend not in _BY_FLEX:
         raise BackendError(
             f"backend={plan.backend!r}",
@@ -58,6 +110,16 @@ def _graph(compiled: Compiled, settings: Settings, shapes: Shapes, target: Targe
             mend="Ask for backend='flex'; the stage 'triton' shows the kernels that gather.",
         )
     return "\n\n".join(flex_graphs(compiled, settings, plan, target))
+
+
+def _cpp(compiled: Compiled, settings: Settings, shapes: Shapes) -> str:
+    # On a CPU "auto" takes the chunked path, which is no generated code.
+    asked = replace(settings, backend=settings.backend if settings.backend in _BY_FLEX else "flex")
+    try:
+        plan = bind_shapes(compiled, replace(shapes, device=torch.device("cpu")), asked)
+    except BackendError as error:
+        raise refused(None, error.got, mend=error.mend) from None
+    return "\n".join(cpp_kernels(compiled, asked, plan))
 
 
 def kernel_resources(compiled: Compiled, settings: Settings, shapes: Shapes, target_name: str) -> list[Resources]:
@@ -70,17 +132,15 @@ def _resources(kernels: Sequence[Kernel], target: Target) -> list[Resources]:
     return [resources_of(made, target) for made in compile_kernels([k for k in kernels if k.fixed], target)]
 
 
-def kernels_of(
-    compiled: Compiled, settings: Settings, shapes: Shapes, target: Target, ways: tuple[bool, ...] | None = None
-) -> tuple[Kernel, ...]:
-    """The attention kernels of a call on ``target``, forward's first.
+def kernels_of(compiled: Compiled, settings: Settings, shapes: Shapes, target: Target) -> tuple[Kernel, ...]:
+    """The attention kernels of a call on ``target``, forward's first; backward's where ``shapes`` wants gradients.
 
-    ``ways``: whether of the backward pass (True) or not, either or both; None for those that ``shapes`` wants. Kernels
-    that make the selection are the same for every pattern, and are not among them.
+    Kernels that make the selection are the same for every pattern, and are not among them.
     """
-    ways = ways or ((False, True) if shapes.needs_grad else (False,))
-    shapes = replace(shapes, device=torch.device("cuda"), needs_grad=shapes.needs_grad or True in ways)
-    plan = bind_shapes(compiled, shapes, settings)
+    return _kernels(compiled, settings, _plan(compiled, settings, shapes), target)
+
+
+def _kernels(compiled: Compiled, settings: Settings, plan: Plan, target: Target) -> tuple[Kernel, ...]:
     if plan.backend == "gather":
         # It loads the whole compiler, which uses this module.
         from flexsparse.explorer.gathered import gathered_kernels
@@ -90,7 +150,7 @@ def kernels_of(
         found = flex_kernels(compiled, settings, plan, target)
     else:
         raise _no_kernels(plan)
-    return tuple(kernel for kernel in found if kernel.backward in ways)
+    return tuple(kernel for kernel in found if plan.shapes.needs_grad or not kernel.backward)
 
 
 def _check(stage: str, target: Target) -> None:

@@ -12,7 +12,8 @@ class Target:
     """An architecture with the limits of one multiprocessor, from the vendors' tables.
 
     ``shared_block`` and ``shared`` are bytes of shared memory, for a block at most and in all; ``reserved`` of them go
-    to the system for each block. ``registers`` is 0 where occupancy is not computed.
+    to the system for each block. ``registers`` is 0 where occupancy is not computed. ``device`` names a GPU of that
+    architecture in ``flexsparse.hardware``.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Target:
     warp: int
     shared_block: int
     shared: int
+    device: str
     reserved: int = 1024
     registers: int = 65536
     warps: int = 64
@@ -43,10 +45,20 @@ _KIB = 1024
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, shared_block=163 * _KIB, shared=164 * _KIB),
-        Target("sm_90", "cuda", 90, 32, shared_block=227 * _KIB, shared=228 * _KIB),
-        Target("sm_100", "cuda", 100, 32, shared_block=227 * _KIB, shared=228 * _KIB),
-        Target("gfx942", "hip", "gfx942", 64, shared_block=64 * _KIB, shared=64 * _KIB, reserved=0, registers=0),
+        Target("sm_80", "cuda", 80, 32, shared_block=163 * _KIB, shared=164 * _KIB, device="A100"),
+        Target("sm_90", "cuda", 90, 32, shared_block=227 * _KIB, shared=228 * _KIB, device="H100"),
+        Target("sm_100", "cuda", 100, 32, shared_block=227 * _KIB, shared=228 * _KIB, device="B200"),
+        Target(
+            "gfx942",
+            "hip",
+            "gfx942",
+            64,
+            shared_block=64 * _KIB,
+            shared=64 * _KIB,
+            device="MI300X",
+            reserved=0,
+            registers=0,
+        ),
     )
 }
 

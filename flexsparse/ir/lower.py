@@ -147,6 +147,11 @@ def substitute(expression: Node, running: Node) -> Node:
     return rebuild(expression, tuple(substitute(child, running) for child in expression.children))
 
 
+def flattened(node: Node) -> Node:
+    """The node without names, its ``per_head`` lists as look-ups and choices, in the terms of the program's nodes."""
+    return _Lowering().flat(node)
+
+
 def _mask_where(condition: Node, this: Node, other: Node) -> Node:
     yes = Apply("and", (condition, this))
     no = Apply("and", (Apply("not", (condition,)), other))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ class Shapes:
     @property
     def sizes(self) -> Sizes:
         return Sizes(self.batch, self.heads, self.q_len, self.kv_len, self.q_offset)
+
+
+def class_shapes(shapes: Shapes, modulus: int) -> Shapes:
+    """The shapes of attention within classes, each of which is a row of its own."""
+    length = shapes.q_len // modulus
+    return replace(shapes, batch=shapes.batch * modulus, q_len=length, kv_len=length)
 
 
 def shapes_of(query: Tensor, key: Tensor, value: Tensor, q_offset: int) -> Shapes:

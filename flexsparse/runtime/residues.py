@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from flexsparse.codegen.block_mask import block_lists
 from flexsparse.runtime.chunked import Work
 from flexsparse.runtime.flex import Launchers
-from flexsparse.runtime.inputs import Shapes
 from flexsparse.runtime.launcher import Launcher, mark_dynamic
-
-
-def class_shapes(shapes: Shapes, modulus: int) -> Shapes:
-    """The shapes of attention within classes, each of which is a row of its own."""
-    length = shapes.q_len // modulus
-    return replace(shapes, batch=shapes.batch * modulus, q_len=length, kv_len=length)
 
 
 def by_class(x: Tensor, modulus: int) -> Tensor:

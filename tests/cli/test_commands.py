@@ -134,6 +134,14 @@ def test_kernels_are_shown_without_a_gpu(invoke: Invoke, tmp_path: pathlib.Path)
     pytest.importorskip("triton")
     path = tmp_path / "forward.ptx"
     path.write_text("old")
+    assert answer.out.count("# mask from sparsek(64): selected_0") > 1
+    marks = json.loads(invoke("code", "sparsek(64)", "--stage", "triton", "--json", *shapes).out)["marks"]
+    assert {mark["kind"] for mark in marks} == {"mask", "gate"}
+    assert "# gate" in answer.out.splitlines()[marks[0]["line"] - 1]
+    folded = invoke("code", "sparsek(64)", "--stage", "triton", "--fold", *shapes).out
+    assert " lines\n" in folded
+    assert folded.count("# mask from") == answer.out.count("# mask from")
+    assert len(folded) < len(answer.out)
     answer = invoke("code", "sparsek(64)", "--stage", "ptx", "--target", "sm_80", "--out", str(path), *shapes)
     assert (answer.code, answer.out) == (0, "")
     assert path.read_text().startswith("// forward\n")
@@ -142,6 +150,9 @@ def test_kernels_are_shown_without_a_gpu(invoke: Invoke, tmp_path: pathlib.Path)
     data = json.loads(invoke("code", "sparsek(64)", "--stage", "resources", "--grad", "--json", *shapes).out)
     assert data["target"] == "sm_90"
     assert data["code"].startswith("kernel ")
+    assert data["kernels"][0]["loads"]["16"] > 0
+    assert data["roofline"]["bound"] == "memory"
+    assert data["roofline"]["predicted"] is None
     assert {k["kernel"] for k in data["kernels"] if not k["backward"]} == {"forward"}
     assert len(data["kernels"]) == 6
 
@@ -213,3 +224,19 @@ def test_check_fails_where_two_runs_differ(invoke: Invoke, monkeypatch: pytest.M
     answer = invoke("check", "causal()", "--length", "5")
     assert answer.code == 1
     assert "two runs differed in" in answer.out
+
+
+def test_what_changes_between_two_patterns_or_two_plans(invoke: Invoke) -> None:
+    answer = invoke("code", "sliding_window(8)", "--stage", "mask_mod", "--diff", "sliding_window(9)")
+    assert answer.out == (
+        "--- sliding_window(8) (mask_mod)\n+++ sliding_window(9) (mask_mod)\n@@ -1,3 +1,3 @@\n"
+        " def mask_mod(b, h, q, kv):\n"
+        "-    # (kv <= q) & (q - kv < 8)\n-    return (kv <= q) & (q - kv < 8)\n"
+        "+    # (kv <= q) & (q - kv < 9)\n+    return (kv <= q) & (q - kv < 9)\n"
+    )
+    plans = ("code", "causal()", "--stage", "plan", "--against", "length=256", "--against", "grad=yes")
+    told = json.loads(invoke(*plans, "--json").out)["diff"]
+    assert "+++ causal() (plan, length=256, grad=True)\n" in told
+    assert "-shapes    query [1, 8, 4096, 64]" in told
+    same = invoke("code", "causal()", "--stage", "ir", "--diff", "full() & causal()")
+    assert (same.code, same.out, same.err) == (0, "", "note: no line of ir differs\n")

@@ -50,15 +50,19 @@ MISTAKES = {
     ("explain", "causal", "--heads", "6", "--kv-heads", "4"): "--kv-heads: got 4 for 6 query heads",
     ("explain", "causal", "--backend", "flx"): "backend: got 'flx'",
     ("explain", "causal", "--backend", "flex", "--grad"): "FlexAttention has no gradients on CPU.",
-    ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'ir', 'source', 'mask_mod', "
-    "'score_mod', 'rows', 'kernels', 'plan', 'graph', 'triton', 'triton-backward', 'ttir', 'ttgir', 'llvm', 'ptx', "
-    "'sass', 'amdgcn', 'resources'. Did you mean 'mask_mod'?",
+    ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'canonical', 'ir', 'tiles', "
+    "'plan', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', 'graph', 'triton', 'triton-backward', 'ttir', "
+    "'ttgir', 'llvm', 'ptx', 'sass', 'amdgcn', 'resources', 'cpp'. Did you mean 'mask_mod'?",
     ("code", "sparsek(8)", "--stage", "ptx", "--target", "sm90"): "target: got 'sm90', expected one of sm_80, sm_90, "
     "sm_100, gfx942. Did you mean 'sm_90'?",
     ("code", "sparsek(8)", "--stage", "sass", "--target", "gfx942"): "stage: got 'sass' for gfx942",
     ("code", "causal", "--out", "no-such-folder/x.py"): "--out: got 'no-such-folder/x.py', expected a file in a "
     "directory that exists",
     ("cache", "claer"): "No such command 'claer'. Did you mean 'clear'?",
+    ("code", "causal", "--against", "lenght=8"): "--against: got 'lenght=8', expected NAME=VALUE, NAME one of length, ",
+    ("code", "causal", "--against", "length"): "--against: got 'length', expected NAME=VALUE",
+    ("code", "causal", "--against", "heads=0"): "--against: got 'heads=0', expected a number of at least 1 as heads.",
+    ("code", "causal", "--against", "grad=1"): "--against: got 'grad=1', expected yes or no as grad.",
     ("code", "causal", "--out", "/"): "--out: got '/'",
     ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
     ("check", "causal", "--length", "100000"): "--length: got 100000, expected at most 2048",

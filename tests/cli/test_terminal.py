@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +98,35 @@ def test_no_color_is_respected() -> None:
     text = _on_a_terminal("code", "causal()", "--stage", "mask_mod", NO_COLOR="1")
     assert text.splitlines()[0] == "def mask_mod(b, h, q, kv):"
     assert "\x1b" not in text
+
+
+@posix
+def test_long_texts_go_through_the_pager_of_a_terminal(tmp_path: pathlib.Path) -> None:
+    pager = tmp_path / "pager"
+    pager.write_text("#!/bin/sh\necho PAGED\nexec cat\n")
+    pager.chmod(0o755)
+    ours = {"PAGER": str(pager), "NO_COLOR": "1", "LINES": "24"}
+    triton = ("code", "sparsek(64)", "--stage", "triton", "--length", "512")
+    paged = _on_a_terminal(*triton, **ours)
+    assert paged.splitlines()[0] == "PAGED"
+    # A terminal has the pattern's lines and folds the others.
+    assert " lines" in paged
+    assert "# mask from sparsek(64): selected_0" in paged
+    assert "\x1b" not in paged
+    # Generated functions are the user's from end to end, and short ones need no pager.
+    whole = _on_a_terminal("code", "sparsek_window(8, 8)", "--no-pager", **ours)
+    assert whole.splitlines()[0] == "# sparsek_window(8, 8)"
+    assert " lines" not in whole
+    assert "PAGED" not in _on_a_terminal("code", "causal()", **ours)
+
+
+@posix
+def test_marks_are_coloured() -> None:
+    text = _on_a_terminal("code", "sparsek(64)", "--stage", "triton", "--length", "512", "--full", "--no-pager")
+    assert "\x1b[1;36m# mask from sparsek(64): selected_0" in text
+    assert "def rows_of" in re.sub(r"\x1b\[[0-9;]*m", "", text)
+    changed = _on_a_terminal("code", "sliding_window(8)", "--diff", "sliding_window(9)")
+    assert "\x1b[32m+" in changed
 
 
 @posix

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -14,7 +16,7 @@ from flexsparse import _torch
 from flexsparse.compiler import CompiledAttention
 from flexsparse.errors import BackendError
 from flexsparse.explorer import flex
-from flexsparse.explorer.flex import kernels_in
+from flexsparse.explorer.flex import cpp_in, kernels_in
 
 generates = pytest.mark.skipif(
     _torch.VERSION < (2, 13), reason=f"torch {_torch.VERSION} lacks private names that generating code takes"
@@ -57,7 +59,11 @@ def test_resources_of_flex_attention() -> None:
         assert one.instructions["atomics"] == 0
         assert one.blocks is not None
         assert 1 <= one.blocks <= 4
+        assert one.occupancy is not None
+        assert 0 < one.occupancy <= 1
         assert one.shared < 227 * 1024
+        # Queries, keys and values come 16 bytes at a time.
+        assert one.loads[16] > sum(count for width, count in one.loads.items() if width < 16)
 
 
 @generates
@@ -66,6 +72,42 @@ def test_a_gate_on_values_takes_two_calls_over_rows() -> None:
     text = attention.code("triton")
     assert text.count("def forward_inner") == 2
     assert attention.code("graph").count("torch.ops.higher_order.flex_attention(") == 2
+
+
+@generates
+def test_cpp_of_inference_on_this_cpu() -> None:
+    if not compiles_cpp():
+        pytest.skip("torch generates no FlexAttention for this CPU")
+    text = bound(HYBRID, device="cpu", needs_grad=False).code("cpp")
+    assert text.startswith("// cpp_fused_flex_attention_0\n")
+    # The window's bound, in a function of C++, and nothing of Python around it.
+    assert "static_cast<int64_t>(77)" in text
+    assert "#include <torch/csrc/inductor/cpp_prefix.h>" in text
+    assert "async_compile" not in text
+
+
+def compiles_cpp() -> bool:
+    from torch._inductor.kernel.flex.flex_cpu import check_cpu_supported
+
+    return bool(check_cpu_supported())
+
+
+def test_cpp_that_torch_cannot_generate_is_refused_with_its_version() -> None:
+    with pytest.raises(
+        BackendError, match=rf"^stage='cpp': .*torch {re.escape(torch.__version__)}.*no gradients on CPU"
+    ):
+        bound("causal()").code("cpp")
+    with pytest.raises(BackendError, match=r"stage='cpp'.*A gate on V needs the LSE"):
+        bound("sparsek(8)", "auto", needs_grad=False).code("cpp")
+    with pytest.raises(BackendError, match=r"stage='cpp'.*takes no float64"):
+        bound("causal()", "chunked", needs_grad=False, dtype=torch.float64, device="cpu").code("cpp")
+
+
+def test_cpp_of_a_module() -> None:
+    text = (
+        "x = async_compile.cpp_pybinding(['const float*'], r'''\nint f();\n''')\ny = async_compile.triton('k', 'z')\n"
+    )
+    assert list(cpp_in(text)) == ["// x\nint f();\n"]
 
 
 MODULE = """

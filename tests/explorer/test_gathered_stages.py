@@ -13,6 +13,7 @@ from flexsparse.compiler import CompiledAttention
 from flexsparse.errors import BackendError, NotBoundError, SettingError
 from flexsparse.explorer import cross
 from flexsparse.explorer.kernel import Kernel, only
+from flexsparse.explorer.resources import loads_of
 from flexsparse.explorer.targets import TARGETS, find_target
 
 BACKWARD = {"row_products", "slot_gradient_0", "join_spans_0", "query_gradient", "key_gradient"}
@@ -30,7 +31,7 @@ def functions(text: str) -> set[str]:
 
 def test_the_source_is_that_of_the_kernels_and_what_they_use() -> None:
     forward, backward = bound().code("triton"), bound().code("triton-backward")
-    assert functions(forward) == {"forward", "rows_of", "put_rows", "clipped"}
+    assert functions(forward) == {"forward", "rows_of", "put_rows", "clipped", "exp_above"}
     assert functions(backward) >= BACKWARD | {"rows_of"}
     assert "forward" not in functions(backward)
     # The window's compare, by the name of the expression's indices.
@@ -79,16 +80,49 @@ def test_resources_of_forward_and_backward() -> None:
     forward = found["forward"]
     # Three blocks a multiprocessor is what the limit of registers is for.
     assert 128 < forward.registers <= 168
-    assert (forward.warps, forward.stages, forward.blocks, forward.stack) == (4, 2, 3, 0)
+    assert (forward.warps, forward.stages, forward.blocks, forward.stack) == (4, 3, 3, 0)
     assert forward.shared > 64 * 64 * 2
     assert forward.instructions["wgmma"] > 0
     assert forward.instructions["exp2"] > 0
     assert forward.instructions["cp.async"] > 0
     assert all(one.instructions["atomics"] == 0 for one in found.values())
-    table = attention.code("resources", "sm_90").splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == list(found)
-    assert f"{forward.registers}" in table[1].split()
-    assert table[-1].startswith("on sm_90; registers")
+    # 4 warps a block, of 64.
+    assert forward.occupancy == 3 * 4 / 64
+    assert all(one.spills == 0 for one in found.values())
+    # Rows of keys come 16 bytes at a time, slots and deaths as single integers.
+    assert forward.loads[16] >= forward.loads[4] > 0
+    assert list(forward.loads) == sorted(forward.loads, reverse=True)
+    taken, made, notes = attention.code("resources", "sm_90").split("\n\n")
+    for table in (taken, made):
+        assert [line.split()[0] for line in table.splitlines()[1:]] == list(found)
+    assert f"{forward.registers}" in taken.splitlines()[1].split()
+    assert f"{forward.loads[16]} of 16, " in made.splitlines()[1]
+    assert notes.startswith("on sm_90: registers")
+    under = attention.roofline("sm_90")
+    assert under is not None
+    assert f"{under.flops:.3g} operations forward" in notes
+    assert "memory-bound on H100" in notes
+    assert "H100: rates of the vendor's data sheet" in notes
+    # The kernels that gather have a floor, and that is what it is called.
+    assert "at least (the floor of memory)" in notes
+
+
+def test_loads_by_their_width() -> None:
+    ptx = """
+    ld.global.b32 \t%r1, [ %rd1 + 0 ];
+    @%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd2 + 0 ];
+    @!%p1 ld.global.L1::evict_last.L2::cache_hint.v2.b32 { %r6, %r7 }, [ %rd3 + 0 ], %rd4;
+    cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+    cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 4, 4;
+    ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r5];
+    st.global.v4.b32 [%rd1], {%r1, %r2, %r3, %r4};
+    ld.global.b16 %rs1, [ %rd1 + 0 ];
+    """
+    assert loads_of(ptx, nvidia=True) == {16: 2, 8: 1, 4: 2, 2: 1}
+    gcn = (
+        "  global_load_dwordx4 v[0:3], v[4:5], off\n\tbuffer_load_dword v1, v2\n\tglobal_load_ushort v1, v[2:3], off\n"
+    )
+    assert loads_of(gcn + "  global_store_dwordx4 v[0:1], v[2:5], off\n", nvidia=False) == {16: 1, 4: 1, 2: 1}
 
 
 def test_occupancy_is_what_the_tightest_limit_leaves() -> None:

@@ -77,9 +77,9 @@ def test_near_is_what_is_allowed_whatever_is_selected(text: str, near: str) -> N
 
 def test_a_window_before_the_selection_costs_gathered_keys_no_comparison() -> None:
     """With after=512 no selected key is in the window, so nothing but its death is asked of it."""
-    parts = source._parts(fs.compile(HYBRID).ir)
+    parts = source.parts_of(fs.compile(HYBRID).ir)
     assert program_text(parts["selected 0"].mask) == "True"
-    overlapping = source._parts(fs.compile("sliding_window(512) | sparsek(512, after=511)").ir)
+    overlapping = source.parts_of(fs.compile("sliding_window(512) | sparsek(512, after=511)").ir)
     assert program_text(overlapping["selected 0"].mask) != "True"
     assert FALSE not in (part.mask for part in parts.values())
 
