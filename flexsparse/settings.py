@@ -9,9 +9,6 @@ from flexsparse.errors import SettingError, did_you_mean
 
 # Queries of a chunk, whose selected keys are gathered together: those in the slots as the chunk starts.
 CHUNK = 64
-# A slot's record holds its key in so many bits, and above them for how many queries of the chunk the key stays. Rows on a
-# GPU are no longer than that.
-KEY_BITS = 24
 BACKENDS = (
     "auto",
     "gather",

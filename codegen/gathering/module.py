@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, known, slot_gradient, taken_over
 from flexsparse.codegen.gathering.tiles import Lines, key_loads, record_loads, record_puts, row_fields, row_loads
-from flexsparse.settings import KEY_BITS
+from flexsparse.codegen.kernels.record_layout import KEY_BITS
 
 _HELPERS = f"""
 LOG2E = tl.constexpr(1.4426950408889634)

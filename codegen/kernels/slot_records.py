@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import cdiv
 
 from flexsparse.codegen.kernels.launch import launch
-from flexsparse.settings import KEY_BITS
+from flexsparse.codegen.kernels.record_layout import KEY_BITS
 
 _KEY_BITS = tl.constexpr(KEY_BITS)
 _BLOCK = 1024

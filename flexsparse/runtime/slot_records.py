@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.codegen.kernels import slot_records as kernels
-from flexsparse.settings import KEY_BITS
+from flexsparse.codegen.kernels.record_layout import KEY_BITS
 
 
 def slot_records(table: Tensor, death: Tensor, u: Tensor | None, chunk: int) -> Tensor:
