@@ -82,12 +82,11 @@ class TritonText:
         return f"{left} {operation.symbol} {self._wrapped(args[1], wanted, level + 1)}", level
 
     def _wrapped(self, node: Node, kind: Kind, at_least: int) -> str:
-        text = self._as(kind, node)
-        return (
-            text
-            if (text.startswith("(") and text.endswith("* 1.0)")) or self._render(node)[1] >= at_least
-            else (f"({text})")
-        )
+        if kind is Kind.REAL and node.kind is Kind.INT and not isinstance(node, Constant):
+            return self._as(kind, node)
+        # Once: to ask for the level again would double the work with every level of the tree.
+        text, level = self._render(node)
+        return text if level >= at_least else f"({text})"
 
     def _as(self, kind: Kind, node: Node) -> str:
         """The node's text, as a real where one is wanted; a product makes one of tensors and of numbers alike."""
