@@ -50,11 +50,16 @@ def sizes_of(kernel: str, shapes: Shapes, limit: int | None = None) -> Sizes:
 
     ``limit`` is the shared memory of a block in bytes; None for that of the device.
     """
+    tuned = tuned_sizes(place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)).get(kernel)
+    limit = _shared_memory(shapes.device) if limit is None else limit
+    return _fastest(kernel, shapes, limit, tuned)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fastest(kernel: str, shapes: Shapes, limit: int, tuned: Sizes | None) -> Sizes:
     tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)[kernel]
     if max(shapes.head_dim, shapes.value_dim) > FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
-    tuned = tuned_sizes(place_of(shapes.device, shapes.dtype, shapes.head_dim, shapes.value_dim)).get(kernel)
-    limit = _shared_memory(shapes.device) if limit is None else limit
     tried = tuple(s for s in tried if s.stages < 3 or _BLOCKS * shared_bytes(kernel, s, shapes) <= limit)
     found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes, limit)
     if not found:
