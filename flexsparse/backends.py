@@ -148,6 +148,8 @@ VERDICTS = {
     "chunked": _chunked,
     "reference": _reference,
 }
+# Among these "auto" chooses on a GPU.
+CHOSEN_AMONG = ("gather", "gather_flex", "residue_flex", "flex")
 # Backends that read copies of selected keys behind the others, and all that call FlexAttention.
 OVER_ROWS = ("gather_flex", "gather_flex_eager")
 # Backends that reorder positions by residue class.

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from flexsparse.hardware import Hardware
 from flexsparse.plan import Plan
-
-_BASE_HEAD_DIM = 128
+from flexsparse.prediction import tile_seconds
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,7 @@ def predict(plan: Plan, hardware: Hardware) -> Cost | None:
     if tiles is None or plan.flops is None:
         return None
     shapes = plan.shapes
-    wide = (shapes.head_dim + shapes.value_dim) / (2 * _BASE_HEAD_DIM)
-    rate = hardware.matrix_tflops * 1e12 / hardware.multiprocessors
-    # float32 products run on the matrix units as tf32, at half the rate.
-    rate /= 2 if shapes.dtype.itemsize == 4 else 1
-    tile_flops = 2 * tiles.block**2 * 2 * _BASE_HEAD_DIM * wide
-    full = tiles.full * tile_flops / (rate * hardware.full_share)
-    partial = tiles.partial * tile_flops / (rate * hardware.partial_share)
-    compute = plan.calls * (full + partial) / hardware.multiprocessors
+    compute = plan.calls * tile_seconds(hardware, shapes, tiles.block, tiles.partial, tiles.full)
     moved = plan.calls * plan.operand_bytes
     parts = {
         "tiles": compute,

@@ -54,7 +54,12 @@ class Explanation:
             "flex_calls": self.plan.calls if self.plan.backend in BY_FLEX else 0,
             "forward_flops": self.plan.flops,
             "candidates": [
-                {"backend": c.backend, "can_run": c.verdict.holds, "reason": c.verdict.reason}
+                {
+                    "backend": c.backend,
+                    "can_run": c.verdict.holds,
+                    "reason": c.verdict.reason,
+                    "predicted_seconds": c.seconds,
+                }
                 for c in self.plan.candidates
             ],
             "notes": list(self.plan.notes),
@@ -75,7 +80,7 @@ class Explanation:
         for candidate in self.plan.candidates:
             mark = ">" if candidate.backend == self.plan.backend else " "
             state = "can run" if candidate.verdict.holds else "cannot run"
-            lines.append(f"        {mark} {candidate.backend:<17} {state}: {candidate.verdict.reason}")
+            lines.append(f"        {mark} {candidate.backend:<17} {state}: {candidate.reason}")
         if tiles is None:
             lines.append("tiles     known at the call, from its tensors")
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
-from flexsparse.backends import BY_FLEX, BY_RESIDUE, OVER_ROWS, VERDICTS, unfit_for_rows
+from flexsparse.backends import BY_FLEX, BY_RESIDUE, CHOSEN_AMONG, OVER_ROWS, VERDICTS
 from flexsparse.codegen.gathered import near_mask
 from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.errors import BackendError, DeviceError
@@ -14,6 +15,7 @@ from flexsparse.ir.nodes import Constant
 from flexsparse.ir.program import Program
 from flexsparse.ir.residues import split_residues
 from flexsparse.ir.text import function_name
+from flexsparse.prediction import predict_calls
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK, Settings
 from flexsparse.verdict import Verdict
@@ -21,10 +23,20 @@ from flexsparse.verdict import Verdict
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the pattern: whether it can run here, and why it was taken or left."""
+    """A way to run the pattern: whether it can run here, and why it was taken or left.
+
+    ``seconds`` of a whole call are predicted for those among which backend="auto" chooses on a GPU.
+    """
 
     backend: str
     verdict: Verdict
+    seconds: float | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why it can or cannot run, and what it is predicted to take."""
+        predicted = "" if self.seconds is None else f" {self.seconds * 1e3:.2g} ms a call predicted."
+        return f"{self.verdict.reason}{predicted}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,12 @@ def count_tiles(*parts: Tiles) -> TileCounts:
 
 def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, tuple[Candidate, ...]]:
     """The backend, and all that were considered. Raises BackendError or DeviceError where the wanted one cannot run."""
-    candidates = tuple(Candidate(name, verdict(program, shapes)) for name, verdict in VERDICTS.items())
+    verdicts = {name: verdict(program, shapes) for name, verdict in VERDICTS.items()}
+    predicted: Mapping[str, float] = {}
+    if shapes.device.type == "cuda":
+        able = tuple(name for name in CHOSEN_AMONG if verdicts[name].holds)
+        predicted = predict_calls(program, shapes, settings.block_size, able)
+    candidates = tuple(Candidate(name, verdict, predicted.get(name)) for name, verdict in verdicts.items())
     by_name = {c.backend: c for c in candidates}
     if settings.backend != "auto":
         chosen = settings.backend
@@ -113,12 +130,8 @@ def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, t
                 expected="a call that this backend can run",
                 mend=f"{by_name[chosen].verdict.reason} backend='chunked' runs it exactly, on any device.",
             )
-    elif shapes.device.type == "cuda" and by_name["gather"].verdict.holds:
-        chosen = "gather"
-    elif shapes.device.type == "cuda" and by_name["gather_flex"].verdict.holds and _spares(program, shapes, settings):
-        chosen = "gather_flex"
-    elif shapes.device.type == "cuda" and by_name["flex"].verdict.holds:
-        chosen = "flex"
+    elif predicted:
+        chosen = min(predicted, key=lambda name: predicted[name])
     else:
         chosen = "chunked"
     if settings.backend == "auto" and chosen == "chunked" and shapes.device.type != "cpu":
@@ -130,16 +143,6 @@ def choose(program: Program, shapes: Shapes, settings: Settings) -> tuple[str, t
             mend=f"{reason} Ask for backend='chunked', which is exact and slower.",
         )
     return chosen, candidates
-
-
-def _spares(program: Program, shapes: Shapes, settings: Settings) -> bool:
-    """Whether a query meets fewer keys in slots and in its chunk than in half of the sequence.
-
-    The mask of a selection that FlexAttention reads as data keeps nearly every tile below the diagonal, and its tiles
-    are classified at each call; beyond that, copies of the keys gain nothing.
-    """
-    rows = rows_of(program.selections, shapes.kv_len, settings.block_size)
-    return sum(rows.widths) + len(rows.widths) * rows.chunk < shapes.kv_len / 2
 
 
 def make_plan(
@@ -184,8 +187,6 @@ def _notes(
                 )
     if chosen in OVER_ROWS:
         notes += _row_notes(program, shapes, settings)
-    if chosen == "flex" and settings.backend == "auto" and program.selections and not unfit_for_rows(program, shapes):
-        notes.append("Slots and chunks would take half of so short a sequence: copies of selected keys spare nothing.")
     if chosen in BY_RESIDUE:
         split = split_residues(program)
         assert split is not None

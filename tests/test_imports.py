@@ -27,7 +27,7 @@ LEVELS = (
     ("trace",),
     ("analysis",),
     ("codegen",),
-    ("settings", "runtime", "backends", "plan"),
+    ("settings", "runtime", "backends", "prediction", "plan"),
     ("cost", "roofline"),
     ("explanation",),
     ("pipeline",),

@@ -169,7 +169,7 @@ def explanation(found: Explanation, tiles: str) -> RenderableType:
         chosen = candidate.backend == plan.backend
         mark = "> " if chosen else "  "
         verdict = Text("yes", style="green") if candidate.verdict.holds else Text("no", style="red")
-        table.add_row(Text(mark + candidate.backend, "bold cyan" if chosen else ""), verdict, candidate.verdict.reason)
+        table.add_row(Text(mark + candidate.backend, "bold cyan" if chosen else ""), verdict, candidate.reason)
     operands = (
         f"query [{shapes.batch}, {shapes.heads}, {shapes.q_len}, {shapes.head_dim}]\n"
         f"key   [{shapes.batch}, {shapes.kv_heads}, {shapes.kv_len}, {shapes.head_dim}]\n"

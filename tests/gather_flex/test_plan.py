@@ -20,14 +20,9 @@ ON_GPU: dict[str, Any] = {"q_len": 16384, "head_dim": 128, "heads": 16, "device"
 
 def test_auto_takes_copies_where_our_kernels_cannot_run_and_they_spare_work() -> None:
     assert fs.compile(HYBRID).bind(**ON_GPU).plan.backend == "gather"
-    wide = {**ON_GPU, "head_dim": 320}
-    assert fs.compile(HYBRID).bind(**wide).plan.backend == "gather_flex"
-    assert fs.compile(f"{HYBRID} | moba(64, 2)").bind(**ON_GPU).plan.backend == "gather_flex"
-    # 512 slots and chunks of 256 are no less than half of so short a sequence.
-    short = fs.compile(HYBRID).bind(**{**wide, "q_len": 1536}).plan
-    assert short.backend == "flex"
-    assert any("copies of selected keys spare nothing" in note for note in short.notes)
-    assert fs.compile(HYBRID).bind(**{**wide, "q_len": 1537}).plan.backend == "gather_flex"
+    assert fs.compile(HYBRID).bind(**{**ON_GPU, "head_dim": 320}).plan.backend == "gather_flex"
+    # Blocks chosen by the query can be anywhere: no tile is spared.
+    assert fs.compile(f"{HYBRID} | moba(64, 2)").bind(**ON_GPU).plan.backend == "flex"
     assert fs.compile("causal").bind(**ON_GPU).plan.backend == "flex"
 
 
