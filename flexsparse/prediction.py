@@ -28,6 +28,8 @@ from flexsparse.settings import CHUNK
 _HOST = {"gather": (1.3, 3.1), "gather_flex": (3.2, 5.0), "residue_flex": (0.55, 1.55), "flex": (0.4, 1.15)}
 # What tiles that depend on scores or on query and key add, as they are classified at each call.
 _CLASSIFIED = (9.0, 11.0)
+# What an untraced function adds where tiles of keys are classified apart from those of copies, element by element.
+_UNTRACED = 47.0
 # A backward pass in forward passes: of FlexAttention's kernels, of those that add gradients of scores with atomics, of
 # those over copies, and of the kernels that gather.
 _BACKWARD, _BACKWARD_OF_SCORES, _BACKWARD_OF_COPIES, _BACKWARD_OF_GATHERS = 2.7, 11.0, 4.0, 3.4
@@ -78,6 +80,8 @@ def _host(name: str, program: Program, shapes: Shapes) -> float:
     mask = program.mask if name == "flex" else near_mask(program)
     if any(isinstance(n, Selected | Chosen) for n in walk(mask)):
         milliseconds += _CLASSIFIED[pick]
+    if name == "gather_flex" and program.opaque:
+        milliseconds += _UNTRACED
     return milliseconds * 1e-3
 
 

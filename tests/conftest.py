@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import hypothesis
@@ -24,7 +25,10 @@ def seeded() -> None:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.empty`` and ``empty_like`` give NaN (or the largest integer), so a value that nobody wrote shows."""
+    """``torch.empty`` and ``empty_like`` give NaN (or the largest integer), so a value that nobody wrote shows.
+
+    In Triton's interpreter, kernels are watched as well: none may read or write beside the tensors that it was given.
+    """
 
     def poison(function: Any) -> Any:
         def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -38,3 +42,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.memory_bounds import check_accesses
+
+        check_accesses(monkeypatch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from flexsparse.ir.text import text
 from flexsparse.plan import Plan
 from flexsparse.runtime.inputs import Shapes
 
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 ON_GPU: dict[str, Any] = {"head_dim": 128, "heads": 16, "device": "cuda", "dtype": torch.bfloat16}
 
 
@@ -96,3 +99,29 @@ def test_a_faster_device_takes_less() -> None:
     times = [prediction._flex(program, shapes, 128, DEVICES[name]) for name in ("B200", "H200", "A100")]
     assert times == sorted(times)
     assert times[0] > 0
+
+
+def test_choices_are_right_for_nine_in_ten_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the rows to which the model was fitted: within a tenth of the fastest candidate."""
+    rows = json.loads((RESULTS / "choices_h200.json").read_text())["rows"]
+    monkeypatch.setattr(prediction, "_device", lambda shapes: DEVICES["H200"])
+    prediction.predict_calls.cache_clear()
+    right, names = [], ("pattern", "heads", "kv_heads", "head_dim", "length")
+    for kind in ("forward_ms", "forward_backward_ms"):
+        measured: dict[tuple[Any, ...], dict[str, float]] = {}
+        for row in rows:
+            if kind in row:
+                measured.setdefault(tuple(row[name] for name in names), {})[row["backend"]] = row[kind]
+        for (pattern, heads, kv_heads, head_dim, length), times in measured.items():
+            text_of, apart, _ = pattern.partition(" & untraced")
+            whole: Any = fs.parse(text_of) & fs.from_flex(mask_mod=untraced) if apart else fs.parse(text_of)
+            shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "device": "cuda"}
+            plan = fs.compile(whole).bind(q_len=length, needs_grad=kind != "forward_ms", **shape).plan
+            right.append(times[plan.backend] <= 1.1 * min(times.values()))
+    prediction.predict_calls.cache_clear()
+    assert len(right) == 40
+    assert sum(right) >= 36
+
+
+def untraced(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return torch.sin(kv_idx * 0.1) > -0.95

@@ -24,6 +24,8 @@ def walk(
     cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
     column = tl.load(p_column + cell, mask=cell < n_all, other=-1)
     active = column >= 0
+    # Lanes beyond the last cell are idle, but look up the unit of a row as all do.
+    cell = tl.minimum(cell, n_all - 1)
     row = cell.to(tl.int64) // n_cells
     number = column + n_buckets - 1 - (cell % n_cells)
     top = tl.minimum((number + 1) * bucket, events)

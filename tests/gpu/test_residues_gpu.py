@@ -10,11 +10,13 @@ import torch
 import flexsparse as fs
 from flexsparse.tolerance import evaluate, judge
 from tests.gathered.calls import call_of
+from tests.helpers import torchs_own_warnings
 from tests.residues.test_residues import PATTERNS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@torchs_own_warnings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["dilated window", "strided", "learned biases", "soft cap and sink"])
 def test_reordered_attention_is_within_the_policy(name: str, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ its own; in any other process without a GPU it is skipped.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +124,23 @@ def test_records_say_key_stay_and_score_of_every_slot(size: int, k: int, after: 
         assert wanted[row, chunk, slot, 0] == key + (stays << 24)
         assert not scored or torch.isnan(u[row, key]) or wanted[row, chunk, slot, 1].view(torch.float32) == u[row, key]
     assert (wanted[table < 0] == 0).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="accesses are watched in the interpreter")
+def test_an_access_beside_a_tensor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+    import triton.language as tl
+
+    from tests.memory_bounds import check_accesses
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def shifted(p_from: Any, p_to: Any, by: Any, size: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
+        at = tl.arange(0, BLOCK)
+        tl.store(p_to + at, tl.load(p_from + at + by, mask=at < size), mask=at < size)
+
+    check_accesses(monkeypatch)
+    source, target = torch.arange(10), torch.zeros(10, dtype=torch.long)
+    shifted[(1,)](source, target, 0, 10, BLOCK=16)
+    assert torch.equal(source, target)
+    with pytest.raises(Exception, match="10 accesses outside the kernel's tensors in shifted"):
+        shifted[(1,)](source, target, 1 << 40, 10, BLOCK=16)
