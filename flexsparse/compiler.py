@@ -54,11 +54,13 @@ def compile(
 ) -> CompiledAttention:
     """Compile an attention pattern, given as an expression or as text. Touches no device and no shape.
 
-    ``backend``: "auto" takes our kernels on CUDA where keys are selected ("gather": linear in length, gradients in a
-    fixed order), where those cannot run FlexAttention over copies of selected keys ("gather_flex": linear too), else
-    compiled FlexAttention ("flex"), and the chunked path on CPU ("chunked"); or "flex_eager" and "gather_flex_eager"
-    (uncompiled and dense, for debugging) or "reference". Nothing else is ever used in place of it, unless
-    ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a warning.
+    ``backend``: "auto" takes, on CUDA, what is predicted to take the least time of what can run: our kernels where keys
+    are selected ("gather": linear in length, gradients in a fixed order), FlexAttention over copies of selected keys
+    ("gather_flex": linear too), over positions reordered by residue class ("residue_flex": dilated and strided masks),
+    or as it is ("flex"); on CPU the chunked path ("chunked"). Or one of these by name, "flex_eager", "gather_flex_eager"
+    and "residue_flex_eager" (uncompiled and dense, for debugging) or "reference". Nothing else is ever used in place of
+    it, unless ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a
+    warning.
     ``deterministic``: how captured tensors and scores get gradients through FlexAttention. True recomputes all of them
     in a fixed order; False leaves all to FlexAttention, which adds with atomics; None recomputes those of learnable
     tensors and leaves those of selection scores. ``block_size`` is the tile size of the block mask, in tokens.
