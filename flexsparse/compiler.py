@@ -57,7 +57,7 @@ def compile(
     ``backend``: "auto" takes, on CUDA, what is predicted to take the least time of what can run: our kernels where keys
     are selected ("gather": linear in length, gradients in a fixed order), FlexAttention over copies of selected keys
     ("gather_flex": linear too), over positions reordered by residue class ("residue_flex": dilated and strided masks),
-    or as it is ("flex"); on CPU the chunked path ("chunked"). Or one of these by name, "flex_eager", "gather_flex_eager"
+    or as it is ("flex"); on CPU the chunked path ("chunked"). One of these by name, "flex_eager", "gather_flex_eager"
     and "residue_flex_eager" (uncompiled and dense, for debugging) or "reference". Nothing else is ever used in place of
     it, unless ``fallback="reference"`` allows the dense oracle where the backend cannot run; that is reported as a
     warning.
