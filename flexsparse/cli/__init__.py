@@ -1,6 +1,6 @@
 """The command line: one file a command; nothing here imports torch before a command needs it."""
 
-from flexsparse.cli import cache, check, code, demo, doctor, explain, hardware, list_patterns, show, tune
+from flexsparse.cli import bench, cache, check, code, demo, doctor, explain, hardware, list_patterns, show, tune
 from flexsparse.cli.group import CommandGroup
 
 main = CommandGroup(
@@ -14,6 +14,7 @@ main = CommandGroup(
       flexsparse explain "causal() & sliding_window(512)" --device cuda
       flexsparse code "full() + alibi()" --stage score_mod
       flexsparse check "sparsek_window(16, 32)"
+      flexsparse bench "causal() & sliding_window(512)"
       flexsparse demo
 
     \b
@@ -32,6 +33,7 @@ main = CommandGroup(
         explain.command,
         code.command,
         check.command,
+        bench.command,
         demo.command,
         hardware.command,
         tune.command,

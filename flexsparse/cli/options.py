@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -103,7 +104,12 @@ def read_device(name: str, *, exists: bool = True) -> torch.device:
         raise DeviceError("--device", got=repr(name), expected="cpu, cuda or cuda:N", mend=hint) from None
     if exists and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise DeviceError("--device", got=repr(name), expected=f"a device of this machine, which has {count} GPUs")
+        raise DeviceError(
+            "--device",
+            got=repr(name),
+            expected=f"a device of this machine, which has {count} GPUs",
+            mend="flexsparse doctor says what it has; --device cpu runs anywhere." if not count else "",
+        )
     # Tensors say cuda:0 where they were sent to cuda.
     return torch.device("cuda", device.index or 0) if exists and device.type == "cuda" else device
 
@@ -122,6 +128,27 @@ def read_zoom(text: str, length: int) -> tuple[range, range]:
         expected=f"q0:q1,kv0:kv1 with 0 <= start < stop <= {length}",
         mend="For example --zoom 0:32,0:32; raise --length to see further.",
     )
+
+
+def check_out(option: str, path: str | None) -> None:
+    """Refuse what is no file, or lies in no folder, before any work is done for it. Raises SettingError."""
+    if path is None:
+        return
+    place = pathlib.Path(path).resolve()
+    if not place.parent.is_dir() or (place.exists() and not place.is_file()):
+        raise SettingError(option, got=repr(path), expected="a file in a directory that exists")
+
+
+def write_out(option: str, path: str, content: str) -> None:
+    """Write a file that an option names, whole or not at all. Raises SettingError."""
+    from flexsparse.files import write_whole
+
+    try:
+        # A link stays one, and what it leads to is written.
+        write_whole(pathlib.Path(path).resolve(), content)
+    except OSError as error:
+        got = f"{path!r}: {error.strerror or error}"
+        raise SettingError(option, got=got, expected="a file in a folder that can be written") from error
 
 
 def print_json(data: Any) -> None:
