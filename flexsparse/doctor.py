@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import platform
 import shutil
 from dataclasses import dataclass
@@ -48,9 +49,16 @@ def examine() -> Report:
         gpus,
         str(cache_folder()),
         len(files),
-        sum(path.stat().st_size for path in files),
+        sum(_size(path) for path in files),
         (_kernels(gpus), _fused(gpus), _on_cpu(), _below_triton(), _without_gpu()),
     )
+
+
+def _size(path: pathlib.Path) -> int:
+    # Another process may have cleared the cache by now.
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIVE = click.IntRange(min=1)
-_DTYPES = {
+DTYPES = {
     "float64": ("fp64", "double"),
     "float32": ("fp32", "float"),
     "bfloat16": ("bf16",),
@@ -80,11 +80,11 @@ def read_dtype(name: str) -> torch.dtype:
     """A floating dtype by its torch name or a short one, such as bf16. Raises SettingError."""
     import torch
 
-    full = next((n for n, short in _DTYPES.items() if name == n or name in short), None)
+    full = next((n for n, short in DTYPES.items() if name == n or name in short), None)
     if full is None:
-        hint = did_you_mean(name, _DTYPES)
+        hint = did_you_mean(name, DTYPES)
         raise SettingError(
-            "--dtype", got=repr(name), expected=", ".join(_DTYPES), mend=hint if hint.startswith("Did") else ""
+            "--dtype", got=repr(name), expected=", ".join(DTYPES), mend=hint if hint.startswith("Did") else ""
         )
     dtype: torch.dtype = getattr(torch, full)
     return dtype

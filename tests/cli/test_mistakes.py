@@ -58,6 +58,13 @@ MISTAKES = {
     ("code", "sparsek(8)", "--stage", "sass", "--target", "gfx942"): "stage: got 'sass' for gfx942",
     ("code", "causal", "--out", "no-such-folder/x.py"): "--out: got 'no-such-folder/x.py', expected a file in a "
     "directory that exists",
+    (
+        "hardware",
+        "--save",
+        "no-such-folder/x.json",
+    ): "--save: got 'no-such-folder/x.json', expected a file in a directory",
+    ("completion", "bsh"): "SHELL: got 'bsh', expected bash, zsh or fish. Did you mean 'bash'?",
+    ("completion",): "Missing argument 'bash|zsh|fish'",
     ("cache", "claer"): "No such command 'claer'. Did you mean 'clear'?",
     ("code", "causal", "--out", "/"): "--out: got '/'",
     ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
