@@ -135,8 +135,10 @@ def check_out(option: str, path: str | None) -> None:
     if path is None:
         return
     place = pathlib.Path(path).resolve()
-    if not place.parent.is_dir() or (place.exists() and not place.is_file()):
+    if not place.parent.is_dir():
         raise SettingError(option, got=repr(path), expected="a file in a directory that exists")
+    if place.exists() and not place.is_file():
+        raise SettingError(option, got=repr(path), expected="a file, neither a directory nor a device")
 
 
 def write_out(option: str, path: str, content: str) -> None:
