@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexsparse.analysis.proofs import depends_on, equivalent, implies, is_causal, simplify
     from flexsparse.block_masks import block_mask
+    from flexsparse.checks import check
     from flexsparse.compiler import BoundAttention, CompiledAttention, compile
     from flexsparse.dense import dense_mask, reference
     from flexsparse.errors import BackendNotice, FlexsparseError
@@ -34,6 +35,7 @@ _HOME = {
     "block_mask": "block_masks",
     "block_topk": "language",
     "captured": "language",
+    "check": "checks",
     "compile": "compiler",
     "dense_mask": "dense",
     "from_flex": "trace",
@@ -53,6 +55,7 @@ __all__ = [
     "block_mask",
     "block_topk",
     "captured",
+    "check",
     "compile",
     "dense_mask",
     "depends_on",

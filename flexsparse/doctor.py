@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pathlib
 import platform
 import shutil
 from dataclasses import dataclass
@@ -42,21 +44,42 @@ def examine() -> Report:
     """Look at this machine; nothing is compiled and no tensor is made."""
     gpus = tuple(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
     files = cached_files()
-    versions = {
+    return Report(
+        versions(),
+        gpus,
+        str(cache_folder()),
+        len(files),
+        sum(_size(path) for path in files),
+        (_kernels(gpus), _fused(gpus), _on_cpu(), _below_triton(), _without_gpu()),
+    )
+
+
+def _size(path: pathlib.Path) -> int:
+    # Another process may have cleared the cache by now.
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """What a result or a time depends on beside the machine, by name."""
+    return {
         "flexsparse": flexsparse.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version() or "none",
         "cuda": torch.version.cuda or "none in this build of torch",
     }
-    return Report(
-        versions,
-        gpus,
-        str(cache_folder()),
-        len(files),
-        sum(path.stat().st_size for path in files),
-        (_kernels(gpus), _fused(gpus), _on_cpu(), _below_triton(), _without_gpu()),
-    )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    return f"CPU, {torch.get_num_threads()} threads of {name}"
 
 
 def _kernels(gpus: tuple[str, ...]) -> Finding:

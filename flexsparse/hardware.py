@@ -7,6 +7,7 @@ import pathlib
 from dataclasses import asdict, dataclass, replace
 
 from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ def find(name: str) -> Hardware:
 
 
 def save(device: Hardware, path: pathlib.Path) -> None:
-    """Write a description as JSON."""
-    path.write_text(json.dumps(asdict(device), indent=1) + "\n")
+    """Write a description as JSON, whole or not at all. Raises OSError."""
+    write_whole(path, json_text(device))
+
+
+def json_text(device: Hardware) -> str:
+    """A description as ``load`` reads it from a file."""
+    return json.dumps(asdict(device), indent=1) + "\n"
 
 
 def load(path: pathlib.Path) -> Hardware:

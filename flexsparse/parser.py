@@ -39,6 +39,10 @@ _FUNCTIONS = (
 )
 
 
+# What text may name beside the patterns of the catalogue.
+NAMES = (*_SYMBOLS, *_FUNCTIONS, "abs")
+
+
 def parse(source: str, captured: Mapping[str, language.Captured] | None = None) -> Expression:
     """The expression that ``source`` writes, equal to the same expression written in Python.
 

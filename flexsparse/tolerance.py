@@ -24,12 +24,20 @@ Run = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest error of one result, and the largest that was allowed."""
+    """The largest error of one result, and the largest that was allowed.
+
+    ``wrong`` elements are further from ``expected`` than that; ``first`` is the index of the first of them in the order
+    of memory, None where all are right or the shape is wrong; ``expected`` and ``got`` are its values.
+    """
 
     name: str
     dtype: torch.dtype
     error: float
     allowed: float
+    wrong: int = 0
+    first: tuple[int, ...] | None = None
+    expected: float = math.nan
+    got: float = math.nan
 
     @property
     def holds(self) -> bool:
@@ -81,7 +89,13 @@ def compare(
     if got.shape != reference_value.shape:
         return Comparison(name, dtype, math.inf, 0.0)
     limit = allowed(reference_value, plain_value, dtype, size=size, terms=terms)
-    return Comparison(name, dtype, _distance(got, reference_value), limit)
+    distances = _distances(got, reference_value)
+    found = Comparison(name, dtype, float(distances.max()) if distances.numel() else 0.0, limit)
+    if found.holds:
+        return found
+    wrong = (distances > limit).nonzero()
+    first = tuple(wrong[0].tolist())
+    return replace(found, wrong=len(wrong), first=first, expected=float(reference_value[first]), got=float(got[first]))
 
 
 def _largest(x: Tensor) -> float:
@@ -90,9 +104,14 @@ def _largest(x: Tensor) -> float:
 
 
 def _distance(x: Tensor, y: Tensor) -> float:
+    apart = _distances(x, y)
+    return float(apart.max()) if apart.numel() else 0.0
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """How far apart each two elements are; infinitely where one is NaN, not at all where both are the same infinity."""
     x, y = x.detach().double(), y.detach().double()
-    apart = torch.where(x == y, 0.0, (x - y).abs())
-    return float(apart.nan_to_num(nan=math.inf, posinf=math.inf).max()) if apart.numel() else 0.0
+    return torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 @dataclass(frozen=True)

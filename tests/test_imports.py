@@ -33,7 +33,7 @@ LEVELS = (
     ("pipeline",),
     (
         *("compiler", "execution", "traced", "explorer", "example_inputs", "block_masks"),
-        *("tolerance", "measurement", "tuning", "doctor"),
+        *("tolerance", "measurement", "tuning", "doctor", "timing", "peers", "locating", "checks"),
     ),
     ("nn", "pictures"),
 )

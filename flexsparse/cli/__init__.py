@@ -1,6 +1,19 @@
 """The command line: one file a command; nothing here imports torch before a command needs it."""
 
-from flexsparse.cli import cache, check, code, demo, doctor, explain, hardware, list_patterns, show, tune
+from flexsparse.cli import (
+    bench,
+    cache,
+    check,
+    code,
+    completion,
+    demo,
+    doctor,
+    explain,
+    hardware,
+    list_patterns,
+    show,
+    tune,
+)
 from flexsparse.cli.group import CommandGroup
 
 main = CommandGroup(
@@ -14,6 +27,7 @@ main = CommandGroup(
       flexsparse explain "causal() & sliding_window(512)" --device cuda
       flexsparse code "full() + alibi()" --stage score_mod
       flexsparse check "sparsek_window(16, 32)"
+      flexsparse bench "causal() & sliding_window(512)"
       flexsparse demo
 
     \b
@@ -25,6 +39,7 @@ main = CommandGroup(
 
     Every command takes --json, which prints JSON and nothing else to standard output; notes and progress go to
     standard error. Colour is used on a terminal only, and never where NO_COLOR is set.
+    Ctrl-C leaves no half of a file, and `flexsparse completion` makes the shell complete all of this.
     """,
     commands=[
         list_patterns.command,
@@ -32,12 +47,16 @@ main = CommandGroup(
         explain.command,
         code.command,
         check.command,
+        bench.command,
         demo.command,
         hardware.command,
         tune.command,
         doctor.command,
         cache.command,
+        completion.command,
     ],
 )
+
+completion.complete_values(main)
 
 __all__ = ["main"]

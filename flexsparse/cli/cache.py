@@ -34,13 +34,18 @@ def clear(as_json: bool) -> None:
     from flexsparse.errors import SettingError
 
     files = cached_files()
-    size = sum(path.stat().st_size for path in files)
+    removed, size = 0, 0
     for path in files:
         try:
-            path.unlink(missing_ok=True)
+            bytes_of_it = path.stat().st_size
+            path.unlink()
+            removed, size = removed + 1, size + bytes_of_it
+        except FileNotFoundError:
+            # Another process clears as well.
+            continue
         except OSError as error:
             raise SettingError("cache", got=f"{path}: {error.strerror}", expected="files that may be removed") from None
     if as_json:
-        shared.print_json({"folder": str(cache_folder()), "files": len(files), "bytes": size})
+        shared.print_json({"folder": str(cache_folder()), "files": removed, "bytes": size})
     else:
-        click.echo(f"kernel modules removed: {len(files):,}, of {size:,} bytes, from {cache_folder()}")
+        click.echo(f"kernel modules removed: {removed:,}, of {size:,} bytes, from {cache_folder()}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,10 +68,8 @@ def command(as_json: bool, svg: str | None, **given: Any) -> int:
       flexsparse demo --device cuda --json
     """
     from flexsparse.cli import render
-    from flexsparse.errors import SettingError
 
-    if svg is not None and not Path(svg).resolve().parent.is_dir():
-        raise SettingError("--svg", got=repr(svg), expected="a file in a directory that exists")
+    shared.check_out("--svg", svg)
     found = _run(given)
     if as_json:
         shared.print_json(_as_dict(found))
@@ -80,7 +77,7 @@ def command(as_json: bool, svg: str | None, **given: Any) -> int:
         console = render.stdout(record=svg is not None)
         _print(found, console)
         if svg is not None:
-            render.save_svg(console, svg, "flexsparse demo")
+            shared.write_out("--svg", svg, render.svg(console, "flexsparse demo"))
     return OK if found.holds else MISMATCH
 
 

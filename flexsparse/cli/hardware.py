@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import click
 
 from flexsparse.cli import options as shared
@@ -11,9 +9,9 @@ from flexsparse.cli import options as shared
 
 @click.command("hardware", short_help="Show the devices of the cost model, or measure this one.")
 @click.option("--measure", is_flag=True, help="Measure this machine's matrix rate and bandwidth.")
-@click.option("--save", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write the measurement here.")
+@click.option("--save", metavar="FILE", help="Measure, and write the measurement there.")
 @shared.json_option
-def command(measure: bool, save: pathlib.Path | None, as_json: bool) -> None:
+def command(measure: bool, save: str | None, as_json: bool) -> None:
     """Show what the cost model assumes of each device, or measure the one at hand.
 
     Rates are dense 16-bit matrix products; on a CPU, float32. `explain --hardware` takes a name from this list or a
@@ -30,6 +28,7 @@ def command(measure: bool, save: pathlib.Path | None, as_json: bool) -> None:
     from flexsparse import hardware
     from flexsparse.cli import render
 
+    shared.check_out("--save", save)
     devices = list(hardware.DEVICES.values())
     if measure or save:
         from flexsparse.measurement import measure_hardware
@@ -37,7 +36,7 @@ def command(measure: bool, save: pathlib.Path | None, as_json: bool) -> None:
         with render.working("Measuring this device"):
             devices = [measure_hardware()]
         if save:
-            hardware.save(devices[0], save)
+            shared.write_out("--save", save, hardware.json_text(devices[0]))
     if as_json:
         shared.print_json([asdict(d) for d in devices])
         return

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIVE = click.IntRange(min=1)
-_DTYPES = {
+DTYPES = {
     "float64": ("fp64", "double"),
     "float32": ("fp32", "float"),
     "bfloat16": ("bf16",),
@@ -81,11 +81,11 @@ def read_dtype(name: str) -> torch.dtype:
     """A floating dtype by its torch name or a short one, such as bf16. Raises SettingError."""
     import torch
 
-    full = next((n for n, short in _DTYPES.items() if name == n or name in short), None)
+    full = next((n for n, short in DTYPES.items() if name == n or name in short), None)
     if full is None:
-        hint = did_you_mean(name, _DTYPES)
+        hint = did_you_mean(name, DTYPES)
         raise SettingError(
-            "--dtype", got=repr(name), expected=", ".join(_DTYPES), mend=hint if hint.startswith("Did") else ""
+            "--dtype", got=repr(name), expected=", ".join(DTYPES), mend=hint if hint.startswith("Did") else ""
         )
     dtype: torch.dtype = getattr(torch, full)
     return dtype
@@ -105,7 +105,12 @@ def read_device(name: str, *, exists: bool = True) -> torch.device:
         raise DeviceError("--device", got=repr(name), expected="cpu, cuda or cuda:N", mend=hint) from None
     if exists and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise DeviceError("--device", got=repr(name), expected=f"a device of this machine, which has {count} GPUs")
+        raise DeviceError(
+            "--device",
+            got=repr(name),
+            expected=f"a device of this machine, which has {count} GPUs",
+            mend="flexsparse doctor says what it has; --device cpu runs anywhere." if not count else "",
+        )
     # Tensors say cuda:0 where they were sent to cuda.
     return torch.device("cuda", device.index or 0) if exists and device.type == "cuda" else device
 
@@ -124,6 +129,29 @@ def read_zoom(text: str, length: int) -> tuple[range, range]:
         expected=f"q0:q1,kv0:kv1 with 0 <= start < stop <= {length}",
         mend="For example --zoom 0:32,0:32; raise --length to see further.",
     )
+
+
+def check_out(option: str, path: str | None) -> None:
+    """Refuse what is no file, or lies in no folder, before any work is done for it. Raises SettingError."""
+    if path is None:
+        return
+    place = pathlib.Path(path).resolve()
+    if not place.parent.is_dir():
+        raise SettingError(option, got=repr(path), expected="a file in a directory that exists")
+    if place.exists() and not place.is_file():
+        raise SettingError(option, got=repr(path), expected="a file, neither a directory nor a device")
+
+
+def write_out(option: str, path: str, content: str) -> None:
+    """Write a file that an option names, whole or not at all. Raises SettingError."""
+    from flexsparse.files import write_whole
+
+    try:
+        # A link stays one, and what it leads to is written.
+        write_whole(pathlib.Path(path).resolve(), content)
+    except OSError as error:
+        got = f"{path!r}: {error.strerror or error}"
+        raise SettingError(option, got=got, expected="a file in a folder that can be written") from error
 
 
 def print_json(data: Any) -> None:

@@ -70,8 +70,11 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error; the function that it gives advances by one and says what comes next."""
+def progress(what: str, total: int | None) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error; the function that it gives advances by one and says what comes next.
+
+    Where nobody knows the ``total``, None, the bar only moves.
+    """
     console = stderr()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -209,11 +212,9 @@ def columns(*heads: str, right: Sequence[int] = ()) -> Table:
     return table
 
 
-def save_svg(console: Console, path: str, title: str) -> None:
+def svg(console: Console, title: str) -> str:
     """What a recording console has shown, as a picture that loads nothing from the network."""
-    drawn = console.export_svg(title=title)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(re.sub(r"@font-face\s*\{[^}]*\}\s*", "", drawn))
+    return re.sub(r"@font-face\s*\{[^}]*\}\s*", "", console.export_svg(title=title))
 
 
 def _glyph(glyphs: tuple[str, str, str], kind: int, share: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
+import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--kv-heads", type=shared.POSITIVE, default=4, show_default=True, help="Key and value heads.")
 @shared.device_option
-@click.option("--out", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write all measurements here.")
+@click.option("--out", metavar="FILE", help="Write all measurements there.")
 @shared.json_option
 def command(
     head_dim: tuple[int, ...],
@@ -33,7 +33,7 @@ def command(
     heads: int,
     kv_heads: int,
     device: str,
-    out: pathlib.Path | None,
+    out: str | None,
     as_json: bool,
 ) -> None:
     """Search tile sizes, warps and stages of the kernels that gather, and keep the fastest for this GPU.
@@ -50,18 +50,16 @@ def command(
     """
     from flexsparse import tuning
     from flexsparse.cli import render
-    from flexsparse.errors import SettingError
 
     options = {"dtype": dtype, "length": length, "heads": heads, "kv_heads": kv_heads, "device": device}
     asked = [_shapes({**options, "head_dim": width}) for width in dict.fromkeys(head_dim)]
-    if out and not out.parent.is_dir():
-        raise SettingError("--out", got=str(out), expected="a file in a folder that exists")
+    shared.check_out("--out", out)
     found = []
     with render.progress("Tuning", tuning.count(asked)) as advance:
         for shapes in asked:
             found.append(_tuned(shapes, _measure(shapes), advance))
             if out:
-                _write(out, found)
+                shared.write_out("--out", out, json.dumps(shared.finite(found), indent=1) + "\n")
     if as_json:
         shared.print_json(found)
         return
@@ -116,17 +114,3 @@ def _tuned(shapes: Shapes, measure: Measure, advance: Any) -> dict[str, Any]:
     }
     measured = [{"kernel": t.kernel, **asdict(t.sizes), "ms": t.milliseconds} for t in trials]
     return {"place": asdict(place), "kept": kept, "kernels": kernels, "trials": measured}
-
-
-def _write(path: pathlib.Path, found: list[dict[str, Any]]) -> None:
-    import json
-
-    from flexsparse.errors import SettingError
-    from flexsparse.files import write_whole
-
-    try:
-        write_whole(path, json.dumps(shared.finite(found), indent=1) + "\n")
-    except OSError as error:
-        raise SettingError(
-            "--out", got=f"{path}: {error}", expected="a file in a folder that can be written"
-        ) from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
 import flexsparse
 from flexsparse.dense import reference
 from flexsparse.patterns import catalogue
+from flexsparse.tolerance import evaluate
 from tests.cli.conftest import Invoke
 
 HYBRID = "(causal() & (sliding_window(8) | sinks(4) | sparsek(8, after=8))) + alibi()"
@@ -218,12 +221,46 @@ def test_check_fails_where_the_oracle_differs(invoke: Invoke, monkeypatch: pytes
 
 
 def test_check_fails_where_two_runs_differ(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexsparse.cli import checking
+    usual, runs = evaluate, itertools.count()
 
-    monkeypatch.setattr(checking, "_same_bits", lambda x, y: False)
+    def unsteady(run: Any, call: Any) -> Any:
+        found = usual(run, call)
+        found["d key"][1, 0, 2, 3] += 1e-12 * next(runs)
+        return found
+
+    monkeypatch.setattr("flexsparse.checks.evaluate", unsteady)
     answer = invoke("check", "causal()", "--length", "5")
     assert answer.code == 1
-    assert "two runs differed in" in answer.out
+    assert "two runs differed in d key" in answer.out
+    assert "two runs differ: d key[b=1, kv_head=0, kv=2, d=3]: expected" in " ".join(answer.out.split())
+
+
+def test_check_names_the_element_and_the_part(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexsparse.runtime import chunked
+
+    usual = chunked._attended
+
+    def without_a_key(work: Any, chunk: Any, functions: Any, *operands: Any) -> Any:
+        mask = functions["mask_mod"]
+        hidden = {**functions, "mask_mod": lambda b, h, q, kv: mask(b, h, q, kv) & ~((q == 6) & (kv == 4))}
+        return usual(work, chunk, hidden, *operands)
+
+    monkeypatch.setattr(chunked, "_attended", without_a_key)
+    answer = invoke("check", "causal() & (sliding_window(3) | sinks(1))", "--length", "9", "--dtype", "float32")
+    assert answer.code == 1
+    assert max(map(len, answer.out.splitlines())) <= 80
+    said = " ".join(answer.out.split())
+    assert "First wrong elements, float64 at 9" in said
+    assert "out[b=0, h=0, q=6, d=0]: expected" in said
+    assert (
+        "key kv=4: the backend's mask; the generated one is right and causal() and sliding_window(3): expected" in said
+    )
+    assert "expected seen, got hidden" in said
+    data = json.loads(invoke("check", "causal()", "--length", "9", "--dtype", "float32", "--json").out)
+    assert data["holds"] is False
+    assert data["cases"][0]["first_wrong"][0]["at"] == {"b": 0, "h": 0, "q": 6, "d": 0}
+    assert data["cases"][0]["cause"]["kv"] == 4
+    assert data["cases"][0]["cause"]["part"] == "mask"
 
 
 def test_what_changes_between_two_patterns_or_two_plans(invoke: Invoke) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
 import signal
+import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,6 +41,16 @@ def test_help_starts_without_torch(arguments: list[str]) -> None:
         assert loaded == []
         fastest = min(fastest, float(seconds))
     assert fastest < 0.3
+
+
+def test_help_answers_at_once() -> None:
+    """The whole process, interpreter included; the bound leaves room for a busy machine."""
+    took = []
+    for _ in range(7):
+        start = time.perf_counter()
+        assert shell("--help").code == 0
+        took.append(time.perf_counter() - start)
+    assert statistics.median(took) < 0.6
 
 
 def test_help_documents_commands_and_exit_codes() -> None:
@@ -140,6 +153,39 @@ def test_interruption_is_quiet() -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in out + err
+
+
+@posix
+def test_interruption_leaves_a_whole_file(tmp_path: pathlib.Path) -> None:
+    save = tmp_path / "bench.json"
+    options = ["--device", "cpu", "--lengths", "32,64,96", "--seconds", "2", "--peers", "sdpa", "--save", str(save)]
+    command = [sys.executable, "-m", "flexsparse", "bench", "causal()", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None
+    # A line is printed once its row is in the file.
+    while "flexsparse " not in (line := process.stdout.readline()) or "this pattern" not in line:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    data = json.loads(save.read_text())
+    assert data["complete"] is False
+    assert data["rows"][0]["by"] == "flexsparse"
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@posix
+def test_bench_grows_on_a_terminal() -> None:
+    options = ("--device", "cpu", "--lengths", "32", "--seconds", "0.01", "--peers", "sdpa")
+    text = _on_a_terminal("bench", "causal()", *options)
+    assert "Measuring SDPA math at 32" in text
+    # The table is drawn again with each row, so its first row appears many times.
+    assert text.count("32 tokens") > 3
+    assert "SDPA flash" in text
+    plain = _on_a_terminal("bench", "causal()", *options, NO_COLOR="1")
+    assert "\x1b[1;36m" in text
+    assert "\x1b[1;36m" not in plain
 
 
 @posix
