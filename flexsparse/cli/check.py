@@ -126,12 +126,10 @@ def _lengths(given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _shapes(given: dict[str, Any], heads: int, length: int, dtype: torch.dtype, device: torch.device) -> Shapes:
-    from flexsparse.errors import SettingError
     from flexsparse.runtime.inputs import Shapes
 
     kv_heads, head_dim = given["kv_heads"], given["head_dim"]
-    if heads % kv_heads:
-        raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
+    shared.check_heads(heads, kv_heads)
     return Shapes(given["batch"], heads, kv_heads, length, length, head_dim, head_dim, dtype, device, 0, True)
 
 

@@ -62,8 +62,7 @@ def shape_options(command: F) -> F:
 def bind_from(attention: CompiledAttention, options: dict[str, Any]) -> Any:
     """Bind a pattern to what ``shape_options`` read. Raises SettingError, BackendError or DeviceError."""
     heads, kv_heads = options["heads"], options["kv_heads"] or options["heads"]
-    if heads % kv_heads:
-        raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
+    check_heads(heads, kv_heads)
     return attention.bind(
         q_len=options["length"],
         batch=options["batch"],
@@ -74,6 +73,12 @@ def bind_from(attention: CompiledAttention, options: dict[str, Any]) -> Any:
         device=read_device(options["device"], exists=False),
         needs_grad=options["grad"],
     )
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Refuse query heads that no equal groups share the KV heads of. Raises SettingError."""
+    if heads % kv_heads:
+        raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
 
 
 def read_dtype(name: str) -> torch.dtype:
