@@ -51,10 +51,8 @@ def command(expression: str, as_json: bool, **given: Any) -> int:
     place. Of what fails the first wrong element is shown, and why: the key and the part of the pattern that disagree.
     The longest case has operands whose heads lie side by side, as a projection gives them.
 
-    \b
-    Exit codes: 0 everything holds, 1 something does not, 2 a mistake in the command.
-
-    flexsparse.check does the same for tensors of your own, in your own tests.
+    Exits with 0 where everything holds, 1 where something does not, 2 for a mistake in the command. flexsparse.check
+    does the same for tensors of your own, in your own tests.
 
     \b
     Examples:
