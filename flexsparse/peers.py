@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ _SDPA = {
 # The mask as a tensor is built from dense index tensors; beyond this it would not be built by anyone.
 _LONGEST_MASK = 4096
 THIS = "this pattern"
+_BUILDS = itertools.count()
 
 
 class CannotRun(Exception):  # noqa: N818
@@ -218,16 +220,18 @@ def _flex_under(setting: Setting, mask: Any, score_mod: Any) -> Callable[[], Ten
     from torch.nn.attention.flex_attention import flex_attention
 
     query, key, value = setting.call.operands.values()
-    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = flex_attention(query, key, value, score_mod, mask, enable_gqa=setting.heads_shared)
+        return out
+
+    # Builds are kept and counted by code object, and after eight of one torch goes on without compiling, in silence.
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_{next(_BUILDS)}")
+    compiled = torch.compile(attend, dynamic=False)
     if not query.is_cuda:
         # It refuses operands that ask for gradients there.
         query, key, value = (x.detach() for x in (query, key, value))
-
-    def run() -> Tensor:
-        out: Tensor = compiled(query, key, value, score_mod, mask, enable_gqa=setting.heads_shared)
-        return out
-
-    return run
+    return lambda: compiled(query, key, value)
 
 
 def _module(name: str, package: str, setting: Setting, *, gpu: bool = True) -> Any:

@@ -113,7 +113,6 @@ def command(context: click.Context, /, expression: str, save: str | None, as_jso
 def _ready(expression: str, given: dict[str, Any]) -> tuple[CompiledAttention, dict[str, Any]]:
     """The compiled pattern, and the options with their defaults and as values. Raises what is wrong with them."""
     from flexsparse.cli import render
-    from flexsparse.errors import SettingError
 
     lengths = None if given["lengths"] is None else _lengths(given["lengths"])
     groups = _groups(given["peers"])
@@ -127,8 +126,7 @@ def _ready(expression: str, given: dict[str, Any]) -> tuple[CompiledAttention, d
         heads = given["heads"] or fitting_heads(attention.pattern.node, usual["heads"])
         given = {name: usual.get(name) if value is None else value for name, value in given.items()}
         kv_heads = given["kv_heads"] or heads
-        if heads % kv_heads:
-            raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
+        shared.check_heads(heads, kv_heads)
     lengths = lengths or _lengths(given["lengths"])
     sizes: dict[str, Any] = {
         "heads": heads,
@@ -190,7 +188,9 @@ def _work(attention: CompiledAttention, given: dict[str, Any]) -> Any:
 
 def _measuring(contender: Contender, setting: Setting, given: dict[str, Any]) -> Callable[[], Row]:
     def measured() -> Row:
-        from flexsparse.peers import THIS, CannotRun
+        import torch
+
+        from flexsparse.peers import CannotRun
 
         ours = contender.name == "flexsparse"
         device, length = given["device"], setting.call.query.shape[2]
@@ -202,13 +202,13 @@ def _measuring(contender: Contender, setting: Setting, given: dict[str, Any]) ->
         except CannotRun as why:
             reason = str(why)
         except Exception as error:
-            # What others raise is theirs; the pattern's own errors are the user's to mend.
-            if ours:
+            # What others raise is theirs; the pattern's own errors are the user's to mend, but for a full memory.
+            if ours and not isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             reason = f"failed: {(str(error) or type(error).__name__).splitlines()[0][:160]}"
         if not reason and not contender.has_backward and not given["forward_only"]:
             reason = "no gradients on a CPU"
-        backend = setting.attention.plan.backend if ours and contender.computes == THIS else None
+        backend = setting.attention.plan.backend if ours and times else None
         found = (times.get("forward"), times.get("forward_backward"))
         return Row(length, contender.name, contender.computes, backend, *found, reason)
 

@@ -51,10 +51,8 @@ def command(expression: str, as_json: bool, **given: Any) -> int:
     place. Of what fails the first wrong element is shown, and why: the key and the part of the pattern that disagree.
     The longest case has operands whose heads lie side by side, as a projection gives them.
 
-    \b
-    Exit codes: 0 everything holds, 1 something does not, 2 a mistake in the command.
-
-    flexsparse.check does the same for tensors of your own, in your own tests.
+    Exits with 0 where everything holds, 1 where something does not, 2 for a mistake in the command. flexsparse.check
+    does the same for tensors of your own, in your own tests.
 
     \b
     Examples:
@@ -126,12 +124,10 @@ def _lengths(given: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _shapes(given: dict[str, Any], heads: int, length: int, dtype: torch.dtype, device: torch.device) -> Shapes:
-    from flexsparse.errors import SettingError
     from flexsparse.runtime.inputs import Shapes
 
     kv_heads, head_dim = given["kv_heads"], given["head_dim"]
-    if heads % kv_heads:
-        raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
+    shared.check_heads(heads, kv_heads)
     return Shapes(given["batch"], heads, kv_heads, length, length, head_dim, head_dim, dtype, device, 0, True)
 
 

@@ -144,7 +144,7 @@ class _Output:
         from flexsparse.cli import codeview, render
 
         if self.out is not None:
-            shared.write_file("--out", self.out, text + "\n" * (text != "" and not text.endswith("\n")))
+            shared.write_out("--out", self.out, text + "\n" * (text != "" and not text.endswith("\n")))
         if self.as_json:
             shared.print_json(data())
         elif self.out is not None:

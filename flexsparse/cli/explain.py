@@ -117,7 +117,7 @@ def _draw_files(found: Explanation, files: dict[str, str | None]) -> None:
             )
         facts = [(name, text.strip()) for name, _, text in (line.partition(" ") for line in str(found).splitlines())]
         drawn = roofline.png(under, found.pattern) if option == "--png" else roofline.html(under, found.pattern, facts)
-        shared.write_file(option, path, drawn)
+        shared.write_out(option, path, drawn)
         click.echo(f"note: the roofline is in {path}", err=True)
 
 

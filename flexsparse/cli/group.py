@@ -42,11 +42,9 @@ class CommandGroup(click.Group):
             click.echo(f"Error: {error}", err=True)
             code = USAGE
         except click.ClickException as error:
-            if isinstance(error, click.MissingParameter) and error.param and error.param.name == "expression":
-                # Anew, as click says that its message is final.
-                example = 'An expression is, for example, "causal() & sliding_window(512)".'
-                error = click.MissingParameter(example, error.ctx, error.param)
             error.show()
+            if isinstance(error, click.MissingParameter) and error.param and error.param.name == "expression":
+                click.echo('An expression is, for example, "causal() & sliding_window(512)".', err=True)
             code = USAGE
         except (click.Abort, KeyboardInterrupt):
             code = INTERRUPTED

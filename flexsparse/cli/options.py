@@ -63,8 +63,7 @@ def shape_options(command: F) -> F:
 def bind_from(attention: CompiledAttention, options: dict[str, Any]) -> Any:
     """Bind a pattern to what ``shape_options`` read. Raises SettingError, BackendError or DeviceError."""
     heads, kv_heads = options["heads"], options["kv_heads"] or options["heads"]
-    if heads % kv_heads:
-        raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
+    check_heads(heads, kv_heads)
     return attention.bind(
         q_len=options["length"],
         batch=options["batch"],
@@ -75,6 +74,12 @@ def bind_from(attention: CompiledAttention, options: dict[str, Any]) -> Any:
         device=read_device(options["device"], exists=False),
         needs_grad=options["grad"],
     )
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Refuse query heads that no equal groups share the KV heads of. Raises SettingError."""
+    if heads % kv_heads:
+        raise SettingError("--kv-heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of --heads")
 
 
 def read_dtype(name: str) -> torch.dtype:
@@ -142,7 +147,7 @@ def check_out(option: str, path: str | None) -> None:
         raise SettingError(option, got=repr(path), expected="a file, neither a directory nor a device")
 
 
-def write_out(option: str, path: str, content: str) -> None:
+def write_out(option: str, path: str, content: str | bytes) -> None:
     """Write a file that an option names, whole or not at all. Raises SettingError."""
     from flexsparse.files import write_whole
 
@@ -167,16 +172,6 @@ def finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def write_file(option: str, path: str, data: str | bytes) -> None:
-    """Into a file that is there whole or stays as it was. Raises SettingError about ``option``."""
-    from flexsparse.files import write_whole
-
-    try:
-        write_whole(pathlib.Path(path).resolve(), data)
-    except OSError as error:
-        raise SettingError(option, got=f"{path!r}: {error.strerror}", expected="a file to write") from None
 
 
 def check_folder(option: str, path: str | None) -> None:

@@ -259,6 +259,13 @@ def test_an_interrupt_keeps_the_rows_so_far_in_a_whole_file(
 def test_a_peer_that_breaks_is_listed_and_the_pattern_that_breaks_is_an_error(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(*options: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(peers, "_ours", full)
+    (row,) = json.loads(invoke("bench", "causal()", *QUICK, "--peers", "none", "--json").out)["rows"]
+    assert (row["forward"], row["reason"]) == (None, "failed: CUDA out of memory.")
+    monkeypatch.undo()
     monkeypatch.setattr(peers, "_sdpa", lambda setting, backend: 1 / 0)
     rows = json.loads(invoke("bench", "causal()", *QUICK, "--peers", "sdpa", "--json").out)["rows"]
     assert {row["reason"] for row in rows if row["by"] == "SDPA math"} == {"failed: division by zero"}

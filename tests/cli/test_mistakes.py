@@ -14,7 +14,7 @@ MISTAKES = {
     ("show", "alibi()"): "Add it to the keys it scores: full() + alibi()",
     ("shwo", "causal"): "No such command 'shwo'. Did you mean 'show'?",
     ("list", "causl"): "NAME: got 'causl', expected a pattern of the catalogue. Did you mean 'causal'?",
-    ("show",): "Missing argument 'EXPR'. An expression is, for example, \"causal() & sliding_window(512)\".",
+    ("show",): "Missing argument 'EXPR'.\nAn expression is, for example, \"causal() & sliding_window(512)\".",
     ("show", "causal", "--lenght", "3"): "No such option",
     ("show", "causal", "--length", "0"): "0 is not in the range x>=1",
     ("show", "causal", "--length", "many"): "'many' is not a valid integer",
