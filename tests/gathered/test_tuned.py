@@ -76,7 +76,8 @@ def test_only_sizes_that_cover_every_tile_are_tried(kernel: str) -> None:
 
 def test_a_third_stage_is_taken_where_three_blocks_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes_of("forward", SHAPES).stages == 3
-    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 3 * 36_864 - 1)
+    one = gathered_sizes.shared_bytes("forward", sizes_of("forward", SHAPES), SHAPES)
+    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 3 * one - 1)
     assert sizes_of("forward", SHAPES).stages == 2
 
 
