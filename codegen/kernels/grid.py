@@ -36,6 +36,8 @@ class Quantized(NamedTuple):
     unit: Tensor  # [R] int64: a score difference of 1
     step: Tensor  # [R] float64: the score difference of one grid point
     center: Tensor  # [R] float64: the score at grid point 0
+    top: Tensor  # [R] float64: the largest finite score, 0 without one
+    bottom: Tensor  # [R] float64: the smallest
     first_nan: Tensor  # [R] int32
 
 
@@ -46,6 +48,13 @@ def rounded(x):
     whole = (size + 4503599627370496.0) - 4503599627370496.0  # 2^52: from there on float64 has no fractions
     whole = tl.where(size < 4503599627370496.0, whole, size)
     return tl.where(x < 0, -whole, whole)
+
+
+@triton.jit
+def within_extent(top, bottom):
+    """The bounds of the finite scores, 0 where there are none."""
+    some = top > -float("inf")
+    return tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
 
 
 @triton.jit
@@ -63,19 +72,19 @@ def grid_between(top, bottom, bits):
 
 
 @triton.jit
-def _on_grid(u, step, center, top, bottom):
-    """Grid values of scores, whether they are finite (1) or +inf (2), and what they add to the counts."""
+def grid_values(given, step, center, top, bottom):
+    """Grid values of scores in float64, whether they are finite (1) or +inf (2), and what they add to the counts."""
     infinity = float("inf")
+    u = given.to(tl.float64)
     finite = tl.abs(u) < infinity
     above = u == infinity
-    value = rounded((tl.where(finite, u, 0.0) - center) / step).to(tl.int64)
-    value = tl.where(finite, value, tl.where(above, top, bottom))
+    value = rounded((tl.where(finite, u, tl.where(above, top, bottom)) - center) / step).to(tl.int64)
     counted = tl.where(finite, 1, tl.where(above, 4294967296, 0)).to(tl.int64)
     return value, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), counted
 
 
 @triton.jit
-def _extent(u, at):
+def extent_of(u, at):
     """The largest and smallest finite score and the first NaN of scores [N]."""
     infinity = float("inf")
     finite = tl.abs(u) < infinity
@@ -90,7 +99,7 @@ def _extents(p_u, p_highest, p_lowest, p_nans, size, n_blocks, BLOCK: tl.constex
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(p_u + row * size + at, mask=at < size, other=float("inf")).to(tl.float64)
-    highest, lowest, nan = _extent(u, at)
+    highest, lowest, nan = extent_of(u, at)
     tl.store(p_highest + row * n_blocks + block, highest)
     tl.store(p_lowest + row * n_blocks + block, lowest)
     tl.store(p_nans + row * n_blocks + block, nan)
@@ -98,8 +107,8 @@ def _extents(p_u, p_highest, p_lowest, p_nans, size, n_blocks, BLOCK: tl.constex
 
 @triton.jit
 def _quantize(
-    p_u, p_highest, p_lowest, p_nans, p_unit, p_step, p_center, p_nan, p_value, p_alive, p_counts, p_score, p_blocks,
-    size, n_blocks, bits, BLOCK: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
+    p_u, p_highest, p_lowest, p_nans, p_unit, p_step, p_center, p_top, p_bottom, p_nan, p_value, p_alive, p_counts,
+    p_score, p_blocks, size, n_blocks, bits, BLOCK: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """The grid of a row, and values of one block on it: the WHOLE row, or else how many are finite and +inf there."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -107,31 +116,28 @@ def _quantize(
     m_at = at < size
     infinity = float("inf")
     given = tl.load(p_u + row * size + at, mask=m_at, other=-infinity)
-    u = given.to(tl.float64)
     if WHOLE:
-        top, bottom, nan = _extent(u, at)
+        top, bottom, nan = extent_of(given.to(tl.float64), at)
     else:
         part = tl.arange(0, PARTS)
         m_part = part < n_blocks
         top = tl.max(tl.load(p_highest + row * n_blocks + part, mask=m_part, other=-infinity), 0)
         bottom = tl.min(tl.load(p_lowest + row * n_blocks + part, mask=m_part, other=infinity), 0)
         nan = tl.min(tl.load(p_nans + row * n_blocks + part, mask=m_part, other=2147483647), 0)
-    some = top > -infinity
-    top, bottom = tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
+    top, bottom = within_extent(top, bottom)
     unit, step, center = grid_between(top, bottom, bits)
     if block == 0:
         tl.store(p_unit + row, unit)
         tl.store(p_step + row, step)
         tl.store(p_center + row, center)
+        tl.store(p_top + row, top)
+        tl.store(p_bottom + row, bottom)
         tl.store(p_nan + row, tl.minimum(nan, size))
-    finite = tl.abs(u) < infinity
-    above = u == infinity
-    value = rounded((tl.where(finite, u, tl.where(above, top, bottom)) - center) / step).to(tl.int64)
+    value, alive, counted = grid_values(given, step, center, top, bottom)
     tl.store(p_value + row * size + at, value, mask=m_at)
-    tl.store(p_alive + row * size + at, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), mask=m_at)
+    tl.store(p_alive + row * size + at, alive, mask=m_at)
     if COUNTED:
         tl.store(p_score + row * size + at, tl.where(given == given, given, -infinity), mask=m_at)
-        counted = tl.where(finite, 1, tl.where(above, 4294967296, 0)).to(tl.int64)
         if WHOLE:
             tl.store(p_counts + row * size + at, tl.cumsum(counted, 0), mask=m_at)
         else:
@@ -159,6 +165,24 @@ def _running_counts(p_alive, p_blocks, p_counts, size, n_blocks, BLOCK: tl.const
     tl.store(p_counts + row * size + at, tl.sum(earlier, 0) + tl.cumsum(counted, 0), mask=at < size)
 
 
+def bits_for(size: int) -> int:
+    """Bits of a value on the grid of a row of ``size`` scores, whose sums then fit 64."""
+    return 60 - max(size, 1).bit_length()
+
+
+def empty_grid(u: Tensor, *, counted: bool, scored: bool = False) -> Quantized:
+    """Room for the grid of rows u [R, S]: for ``counts`` where they are ``counted``, for ``score`` where ``scored``."""
+    rows, size = u.shape
+
+    def made(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(rows, *shape, dtype=dtype, device=u.device)
+
+    real, long = torch.float64, torch.int64
+    value, alive, counts = made(long, size), made(torch.int8, size), made(long, size if counted else 0)
+    score = made(u.dtype, size if scored else 0)
+    return Quantized(value, alive, counts, score, made(long), *(made(real) for _ in range(4)), made(torch.int32))
+
+
 def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
     """The scores u [R, S] (float16, bfloat16, float32 or float64, contiguous) on the grid of each row.
 
@@ -169,22 +193,21 @@ def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
     block = next_power_of_2(size) if whole else _BLOCK
     n_blocks = cdiv(size, block)
 
-    def made(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(rows, *shape, dtype=dtype, device=u.device)
+    def made(dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, n_blocks, dtype=dtype, device=u.device)
 
-    real, long = torch.float64, torch.int64
-    unit, step, center, first_nan = made(long), made(real), made(real), made(torch.int32)
-    value, alive = made(long, size), made(torch.int8, size)
-    counts, score = made(long, size if counted else 0), made(u.dtype, size if counted else 0)
-    extents = made(real, n_blocks), made(real, n_blocks), made(torch.int32, n_blocks)
-    blocks, grid = made(long, n_blocks), (rows, n_blocks)
+    real = torch.float64
+    found = empty_grid(u, counted=counted, scored=counted)
+    extents, blocks, grid = (made(real), made(real), made(torch.int32)), made(torch.int64), (rows, n_blocks)
     if not whole:
         launch(_extents, grid, (u, *extents), (size, n_blocks), BLOCK=block)
     launch(
-        _quantize, grid, (u, *extents, unit, step, center, first_nan, value, alive, counts, score, blocks),
-        (size, n_blocks, 60 - max(size, 1).bit_length()), BLOCK=block, PARTS=next_power_of_2(n_blocks),
+        _quantize, grid,
+        (u, *extents, found.unit, found.step, found.center, found.top, found.bottom, found.first_nan, found.value,
+         found.alive, found.counts, found.score, blocks),
+        (size, n_blocks, bits_for(size)), BLOCK=block, PARTS=next_power_of_2(n_blocks),
         WHOLE=whole, COUNTED=counted, num_warps=max(4, min(16, block // 256)),
     )  # fmt: skip
     if counted and not whole:
-        launch(_running_counts, grid, (alive, blocks, counts), (size, n_blocks), BLOCK=block)
-    return Quantized(value, alive, counts, score, unit, step, center, first_nan)
+        launch(_running_counts, grid, (found.alive, blocks, found.counts), (size, n_blocks), BLOCK=block)
+    return found

@@ -19,7 +19,11 @@ from flexsparse.codegen.kernels.launch import launch
 _BLOCK = 1024
 # A row of up to so many keys is one program's.
 _ONE_PROGRAM = 4096
+# So few keys take small blocks, as nothing else would fill a device.
+_FEW = 1 << 18
 _NONE = -(2**31)
+# So many keys are read rather than handed from chunk to chunk: by every chunk those before it.
+_READ_AT_ONCE, _TOGETHER = 1 << 23, 4
 
 
 @triton.jit
@@ -37,16 +41,17 @@ def _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times,
 
 
 @triton.jit
-def _follow_inside(p_link, row, first, key, m_key, link, times, ROUNDS: tl.constexpr):
+def _follow_inside(p_link, row, first, key, m_key, link, times):
     """Links of one block, doubled until they leave it or end; each program reads what it has written itself."""
     tl.store(p_link + row * times + key, link, mask=m_key)
-    for _ in range(ROUNDS):
+    inside = m_key & (link >= first)
+    while tl.max(inside.to(tl.int32), 0) > 0:
         # Everyone has written before anyone reads, and the other way round.
         tl.debug_barrier()
-        inside = m_key & (link >= first)
         link = tl.where(inside, tl.load(p_link + row * times + link, mask=inside, other=0), link)
         tl.debug_barrier()
         tl.store(p_link + row * times + key, link, mask=m_key)
+        inside = m_key & (link >= first)
     return link
 
 
@@ -60,14 +65,10 @@ def _put(p_slot, row, key, m_key, link, times, none, LAST: tl.constexpr):
 
 @triton.jit
 def _deaths(
-    p_count, p_rank, p_alive, p_counts, p_start, p_end, p_birth, p_death, p_leaving, p_link, p_slot,
-    times, k, after, steps, none, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    p_count, p_rank, p_alive, p_start, p_end, p_birth, p_death, p_leaving, times, k, after, steps,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first query at which each key is no longer among the k best, by binary search over the prefixes.
-
-    The slots too where BLOCK holds the WHOLE row.
-    """
+    """The first query at which each key is no longer among the k best, by binary search over the prefixes."""
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_key = key < times
@@ -94,17 +95,12 @@ def _deaths(
     tl.store(p_death + row * times + key, death, mask=m_key)
     # One key at most leaves at a query inside its segment; a key that lives to the segment's end does not leave.
     tl.store(p_leaving + row * times + death, key, mask=m_key & (death > birth) & (death < end))
-    if WHOLE:
-        tl.debug_barrier()
-        link = _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS)
-        link = _follow_inside(p_link, row, 0, key, m_key, link, times, ROUNDS)
-        _put(p_slot, row, key, m_key, link, times, none, True)
 
 
 @triton.jit
 def _links(
     p_counts, p_start, p_birth, p_death, p_leaving, p_link, p_slot, times, k, none,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr, LAST: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Links of one block's keys, followed as far as they stay inside it."""
     row = tl.program_id(0).to(tl.int64)
@@ -114,7 +110,7 @@ def _links(
     birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
     death = tl.load(p_death + row * times + key, mask=m_key, other=0)
     link = _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS)
-    link = _follow_inside(p_link, row, first, key, m_key, link, times, ROUNDS)
+    link = _follow_inside(p_link, row, first, key, m_key, link, times)
     if LAST:
         _put(p_slot, row, key, m_key, link, times, none, LAST)
 
@@ -149,21 +145,19 @@ def lifetimes(
     birth, death, slot = out
     link, leaving = torch.empty_like(rank), torch.empty_like(rank)
     start, end = segments if segments is not None else (rank, rank)
-    segmented, whole = segments is not None, times <= _ONE_PROGRAM
-    block = next_power_of_2(times) if whole else _BLOCK
-    grid, rounds = (rows, cdiv(times, block)), block.bit_length() - 1
+    segmented = segments is not None
+    few = 1024 if rows * times > _FEW else 128
     launch(
-        _deaths, grid, (count, rank, alive, counts, start, end, birth, death, leaving, link, slot),
-        (times, k, after, times.bit_length(), _NONE), SEGMENTS=segmented, BLOCK=block, WHOLE=whole, ROUNDS=rounds,
-        num_warps=max(4, min(16, block // 128)),
+        _deaths, (rows, cdiv(times, few)), (count, rank, alive, start, end, birth, death, leaving),
+        (times, k, after, times.bit_length()), SEGMENTS=segmented, BLOCK=few,
     )  # fmt: skip
-    if whole:
-        return
     # A chain enters every block once at most.
+    block = next_power_of_2(times) if times <= _ONE_PROGRAM else _BLOCK
+    grid = rows, cdiv(times, block)
     doublings = (grid[1] - 1).bit_length()
     launch(
         _links, grid, (counts, start, birth, death, leaving, link, slot), (times, k, _NONE), SEGMENTS=segmented,
-        BLOCK=block, ROUNDS=rounds, LAST=doublings == 0,
+        BLOCK=block, LAST=doublings == 0, num_warps=max(4, min(16, block // 128)),
     )  # fmt: skip
     following = leaving
     for left in reversed(range(doublings)):
@@ -199,6 +193,13 @@ def _newest(p_table, p_newest, n_chunks, n_groups, k, GROUP: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _alive_at(p_death, row, times, query, key, m_slot):
+    """The keys that are selected for a query, -1 for others."""
+    death = tl.load(p_death + row * times + key, mask=m_slot & (key >= 0), other=0)
+    return tl.where(death > query, key, -1)
+
+
+@triton.jit
 def _fill(p_death, p_table, p_newest, times, chunk, n_chunks, n_groups, k, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """From chunk to chunk a slot keeps its key, until another takes it or the key dies."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -208,17 +209,63 @@ def _fill(p_death, p_table, p_newest, times, chunk, n_chunks, n_groups, k, GROUP
     for other in range(group):
         newest = tl.load(p_newest + (row * n_groups + other) * k + slot, mask=m_slot, other=-1)
         latest = tl.maximum(latest, newest)
-    for part in range(group * GROUP, tl.minimum((group + 1) * GROUP, n_chunks)):
+    # Four chunks at a time: what they load does not wait for one another.
+    part = group * GROUP
+    stop = tl.minimum(part + GROUP, n_chunks)
+    while part < stop:
         entry = p_table + (row * n_chunks + part) * k + slot
-        latest = tl.maximum(latest, tl.load(entry, mask=m_slot, other=-1))
-        death = tl.load(p_death + row * times + latest, mask=m_slot & (latest >= 0), other=0)
-        tl.store(entry, tl.where(death > part * chunk, latest, -1), mask=m_slot)
+        first = tl.maximum(latest, tl.load(entry, mask=m_slot, other=-1))
+        second = tl.maximum(first, tl.load(entry + k, mask=m_slot & (part + 1 < stop), other=-1))
+        third = tl.maximum(second, tl.load(entry + 2 * k, mask=m_slot & (part + 2 < stop), other=-1))
+        latest = tl.maximum(third, tl.load(entry + 3 * k, mask=m_slot & (part + 3 < stop), other=-1))
+        first = _alive_at(p_death, row, times, part * chunk, first, m_slot)
+        second = _alive_at(p_death, row, times, (part + 1) * chunk, second, m_slot)
+        third = _alive_at(p_death, row, times, (part + 2) * chunk, third, m_slot)
+        fourth = _alive_at(p_death, row, times, (part + 3) * chunk, latest, m_slot)
+        tl.store(entry, first, mask=m_slot)
+        tl.store(entry + k, second, mask=m_slot & (part + 1 < stop))
+        tl.store(entry + 2 * k, third, mask=m_slot & (part + 2 < stop))
+        tl.store(entry + 3 * k, fourth, mask=m_slot & (part + 3 < stop))
+        part += 4
+
+
+@triton.jit
+def _tables_at_once(
+    p_birth, p_death, p_slot, p_table, times, chunk, n_chunks, k, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The slots of a group of chunks, from all keys before their first queries."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUP
+    end = tl.minimum(part + GROUP, n_chunks)
+    target = p_table + row * n_chunks * k
+    for first in range(part * k, end * k, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        tl.store(target + entry, tl.full([BLOCK], -1, tl.int32), mask=entry < end * k)
+    # Everyone has written before anyone writes again.
+    tl.debug_barrier()
+    last = (end - 1) * chunk
+    for first in range(0, last + 1, BLOCK):
+        key = first + tl.arange(0, BLOCK)
+        m_key = key <= last
+        birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
+        death = tl.load(p_death + row * times + key, mask=m_key, other=0)
+        slot = tl.load(p_slot + row * times + key, mask=m_key, other=0)
+        for step in tl.static_range(GROUP):
+            query = tl.zeros_like(key) + (part + step) * chunk
+            found = (birth <= query) & (death > query) & (query <= last)
+            tl.store(target + (part + step) * k + slot, key, mask=found)
 
 
 def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
     """The key in each slot as query ``c * chunk`` finds it, -1 for none: [R, ceil(S / chunk), k] int32."""
     rows, times = birth.shape
     n_chunks = cdiv(times, chunk)
+    if rows * n_chunks * times <= _READ_AT_ONCE:
+        table = torch.empty(rows, n_chunks, k, dtype=torch.int32, device=birth.device)
+        launch(
+            _tables_at_once, (rows, cdiv(n_chunks, _TOGETHER)), (birth, death, slot, table),
+            (times, chunk, n_chunks, k), GROUP=_TOGETHER, BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip
+        return table
     # Keys come in order, so the newest in a slot is the largest number that was placed in it.
     table = torch.full((rows, n_chunks, k), -1, dtype=torch.int32, device=birth.device)
     launch(

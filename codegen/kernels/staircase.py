@@ -38,7 +38,7 @@ from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.lattice import outline, refine, table, table_of_many
 from flexsparse.codegen.kernels.launch import launch
-from flexsparse.codegen.kernels.walk import walk
+from flexsparse.codegen.kernels.walk import refine_and_walk, walk
 
 # Chunks of the coarsest lattice, and the comparisons of events with prefixes that its table may take: more chunks save
 # a refinement, but each event is compared with every prefix.
@@ -48,8 +48,10 @@ _SMALLEST, _LARGEST, _WALKERS = 16, 128, 1 << 15
 _MOST_BITS = 3
 # About how many programs the table has, and the events that a lane of a refinement takes.
 _PROGRAMS, _EVENTS_A_LANE = 1024, 32
-# Walkers of one program, and their steps before it looks whether all have arrived.
-_LANES, _STEPS = 32, 4
+# Walkers of one program.
+_LANES = 32
+# The last refinement walks through its cells itself where it has a factor so small and so few programs.
+_WALKED_AT_ONCE, _FEW_CELLS = 4, 1 << 13
 
 
 class Lattices(NamedTuple):
@@ -150,43 +152,55 @@ def crossings(
     shared = (counts if counts is not None else events.place, start, end, unit if unit is not None else events.edge)
     flags = {"COUNT": unit is None, "SEGMENTS": segments is not None}
     lattices = lattices_for(rows, times, size)
-    levels = _levels(rows, times, size, lattices, events.code.device)
-    coarse, finest = levels[0], levels[-1]
-    _outline(events, shared, flags, coarse, lattices, times, budget)
-    for factor, fine in zip(lattices.factors, levels[1:], strict=True):
-        programs = coarse.column.numel()
-        warps = max(1, min(8, factor * fine.bucket // (32 * _EVENTS_A_LANE)))
-        # A lane takes one event of one part of a cell at a time.
-        block = max(2, 32 * warps // factor)
-        launch(
-            refine, (programs,), (*events, *shared, *coarse.cells, *fine.cells),
-            (times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine.sizes),
-            **flags, FACTOR=factor, BLOCK=block, UNROLL=min(4, cdiv(fine.bucket, block)), num_warps=warps,
-        )  # fmt: skip
-        coarse = fine
+    sizes = _sizes(times, size, lattices)
+    at_once = _walks_at_once(rows, lattices, sizes)
+    levels, columns = _levels(rows, sizes[: len(sizes) - at_once], events.code.device)
+    coarse = levels[0]
+    _outline(events, shared, flags, coarse, columns, lattices, times, budget)
     shape, dtype = ((rows, times), torch.int32) if unit is None else ((rows, times, 2), torch.int64)
     found = torch.empty(shape, dtype=dtype, device=events.code.device)
-    n_all = finest.column.numel()
+    for place, (factor, fine) in enumerate(zip(lattices.factors, sizes[1:], strict=True), 1):
+        warps = max(1, min(8, factor * fine[1] // (32 * _EVENTS_A_LANE)))
+        # A lane takes one event of one part of a cell at a time.
+        block = max(2, 32 * warps // factor)
+        last = place == len(levels)
+        launch(
+            refine_and_walk if last else refine, (coarse.column.numel(),),
+            (*events, *shared, *coarse.cells, *((found,) if last else levels[place].cells)),
+            (times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine), **flags,
+            FACTOR=factor, BLOCK=block, UNROLL=min(4, cdiv(fine[1], block)), num_warps=warps,
+        )  # fmt: skip
+        if last:
+            return Crossings(found)
+        coarse = levels[place]
+    n_all = coarse.column.numel()
     launch(
-        walk, (cdiv(n_all, _LANES),), (*events, *shared, *finest.cells, found),
-        (times, size, budget, *finest.sizes, n_all), **flags, LANES=_LANES, STEPS=_STEPS, num_warps=1,
+        walk, (cdiv(n_all, _LANES),), (*events, *shared, *coarse.cells, found),
+        (times, size, budget, *coarse.sizes, n_all), **flags, LANES=_LANES, num_warps=1,
     )  # fmt: skip
     return Crossings(found)
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(rows: int, times: int, size: int, lattices: Lattices) -> tuple[list[tuple[int, int, int, int]], list[int]]:
-    """Of every lattice chunk, bucket and the numbers of both, and the room for its cells, a multiple of 32."""
-    scales = list(itertools.accumulate((1, *lattices.factors), operator.mul))
+def _sizes(times: int, size: int, lattices: Lattices) -> list[tuple[int, int, int, int]]:
+    """Of every lattice chunk, bucket and the numbers of both."""
+    scales = itertools.accumulate((1, *lattices.factors), operator.mul)
     shapes = [(lattices.chunk // scale, lattices.bucket // scale) for scale in scales]
-    sizes = [(chunk, bucket, cdiv(times, chunk), cdiv(size, bucket)) for chunk, bucket in shapes]
-    return sizes, [32 * cdiv(rows * (chunks + buckets - 1), 32) for _, _, chunks, buckets in sizes]
+    return [(chunk, bucket, cdiv(times, chunk), cdiv(size, bucket)) for chunk, bucket in shapes]
 
 
-def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.device) -> list[Level]:
-    """Room for the cells of all lattices, none of them set; each array begins at a multiple of 128 bytes."""
-    sizes, lengths = _sizes(rows, times, size, lattices)
-    column = torch.full((sum(lengths),), -1, dtype=torch.int32, device=device)
+def _walks_at_once(rows: int, lattices: Lattices, sizes: list[tuple[int, int, int, int]]) -> bool:
+    """Whether the last refinement walks through its cells, which are then kept nowhere."""
+    if not lattices.factors or lattices.factors[-1] > _WALKED_AT_ONCE:
+        return False
+    _, _, chunks, buckets = sizes[-2]
+    return rows * (chunks + buckets - 1) <= _FEW_CELLS
+
+
+def _levels(rows: int, sizes: list[tuple[int, int, int, int]], device: torch.device) -> tuple[list[Level], Tensor]:
+    """Room for the cells of lattices, and all of their columns, unset; each array begins at a multiple of 128 bytes."""
+    lengths = [32 * cdiv(rows * (chunks + buckets - 1), 32) for _, _, chunks, buckets in sizes]
+    column = torch.empty(sum(lengths), dtype=torch.int32, device=device)
     weight, moment = torch.empty_like(column), torch.empty_like(column, dtype=torch.int64)
     levels, first = [], 0
     for (chunk, bucket, n_chunks, n_buckets), length in zip(sizes, lengths, strict=True):
@@ -194,24 +208,26 @@ def _levels(rows: int, times: int, size: int, lattices: Lattices, device: torch.
         cells = [x[first : first + shape[0] * shape[1]].view(shape) for x in (column, weight, moment)]
         levels.append(Level(chunk, bucket, n_chunks, n_buckets, *cells))
         first += length
-    return levels
+    return levels, column
 
 
 def _outline(
-    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], coarse: Level, lattices: Lattices, times: int,
-    budget: int,
+    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], coarse: Level, columns: Tensor,
+    lattices: Lattices, times: int, budget: int,
 ) -> None:  # fmt: skip
-    """The path through the coarsest lattice, from a table over slices of positions."""
+    """The path through the coarsest lattice, from a table over slices of positions; the others have no cells yet."""
     rows, size = events.code.shape
     length, prefixes = lattices.slice, lattices.prefixes
     n_slices = cdiv(size, length)
     weight = torch.empty(rows, prefixes, n_slices, dtype=torch.int32, device=events.code.device)
+    n_columns = columns.numel()
     moment = torch.empty_like(weight, dtype=torch.int64)
     many = prefixes > 32
-    shape: dict[str, int] = {"UNROLL": min(8, length), "num_warps": 1} if many else {"BLOCK": min(128, length)}
+    shape: dict[str, int] = {"UNROLL": min(16, length), "num_warps": 1} if many else {"BLOCK": min(128, length)}
     launch(
-        table_of_many if many else table, (rows * n_slices,), (events.code, events.edge, weight, moment),
-        (size, coarse.chunk, n_slices, length), COUNT=flags["COUNT"], PREFIXES=prefixes, **shape,
+        table_of_many if many else table, (rows * n_slices,), (events.code, events.edge, weight, moment, columns),
+        (size, coarse.chunk, n_slices, length, n_columns, cdiv(n_columns, rows * n_slices)), COUNT=flags["COUNT"],
+        PREFIXES=prefixes, **shape,
     )  # fmt: skip
     launch(
         outline, (rows * coarse.n_chunks,), (events.edge, *shared, weight, moment, *coarse.cells),

@@ -14,6 +14,8 @@ from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.staircase import Crossings
 
 _BLOCK = 1024
+# So few queries take small blocks, as nothing else would fill a device.
+_FEW = 1 << 18
 _LOWEST = -(2**63)
 _HIGHEST = 2**63 - 1
 
@@ -82,10 +84,11 @@ def thresholds(
     """Into ``out``: tau [R, S] by query; the grid points at or below and at or above it, int64; candidates, int32."""
     rows, times = grid.value.shape
     start, end = segments if segments is not None else (grid.counts, grid.counts)
+    block = 512 if rows * times > _FEW else 128
     launch(
-        _threshold, (rows, cdiv(times, _BLOCK)),
+        _threshold, (rows, cdiv(times, block)),
         (found.found, events.edge, grid.counts, start, end, grid.unit, grid.step, grid.center, grid.first_nan, *out),
-        (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, BLOCK=_BLOCK,
+        (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, BLOCK=block,
     )  # fmt: skip
 
 

@@ -1,38 +1,56 @@
-"""Along a staircase through the cells of the finest lattice, one lane a cell, as a Triton kernel."""
+"""Along a staircase through the cells of the finest lattice, one lane a cell, as Triton kernels."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from flexsparse.codegen.kernels.lattice import is_within, limits, own_events
+from flexsparse.codegen.kernels.lattice import cells_inside, is_within, limits, own_events
 
 
 @triton.jit
-def walk(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
-    p_corner_moment, p_result,
-    times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """From a cell's top and its first prefix: a step takes the next key in, or the event before x out.
+def _event_before(p_code, p_edge, row, x, top, events, active, COUNT: tl.constexpr):
+    """Code and value of the event before position x of each lane; at ``top``, or where there is none, -1."""
+    m_event = active & (x > 0)
+    code = tl.load(p_code + row * events + x - 1, mask=m_event & (x <= top), other=-1)
+    edge = tl.zeros_like(row)
+    if not COUNT:
+        edge = tl.load(p_edge + row * events + x - 1, mask=m_event & (x <= events), other=0)
+    return code, edge
 
-    A lane begins one position beyond its cell. Prefixes that reach there belong to a cell above, and are passed without
-    a record; the position itself brings nothing in or out.
+
+@triton.jit
+def _key_at(p_place, p_value, row, t, stop, times, active, COUNT: tl.constexpr):
+    """Place and value of the key at time t of each lane, before ``stop``."""
+    m_key = active & (t < stop)
+    place = tl.load(p_place + row * times + t, mask=m_key, other=0)
+    value = tl.zeros_like(row)
+    if not COUNT:
+        value = tl.load(p_value + row * times + t, mask=m_key, other=0)
+    return place, value
+
+
+@triton.jit
+def _shifted(taken, first, second, third, fourth):
+    """The next three of four, by one further where the first was taken."""
+    return tl.where(taken, second, first), tl.where(taken, third, second), tl.where(taken, fourth, third)
+
+
+@triton.jit
+def follow(
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_result,
+    row, column, number, active, weight, moment, times, events, budget, chunk, bucket,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """From the top of a lane's cell and its first prefix: a step takes the next key in, or the event before x out.
+
+    ``column`` and ``number`` are chunk and bucket of the cell, ``weight`` and ``moment`` the sums at its corner. A lane
+    begins one position beyond its cell. Prefixes that reach there belong to a cell above, and are passed without a
+    record; the position itself brings nothing in or out.
     """
-    n_cells = n_chunks + n_buckets - 1
-    cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    column = tl.load(p_column + cell, mask=cell < n_all, other=-1)
-    active = column >= 0
-    # Lanes beyond the last cell are idle, but look up the unit of a row as all do.
-    cell = tl.minimum(cell, n_all - 1)
-    row = cell.to(tl.int64) // n_cells
-    number = column + n_buckets - 1 - (cell % n_cells)
     top = tl.minimum((number + 1) * bucket, events)
     bottom = tl.where(number == 0, -1, number * bucket)
     stop = tl.minimum((column + 1) * chunk, times)
-    weight = tl.load(p_corner_weight + cell, mask=active, other=0)
-    moment = tl.load(p_corner_moment + cell, mask=active, other=0)
     w, m = own_events(p_value, p_place, p_unit, row, column * chunk, active, top, times, COUNT)
     weight += w
     moment += m
@@ -47,19 +65,19 @@ def walk(
         else:
             infinite = tl.load(p_counts + row * times + times - 1, mask=active, other=0) >> 32
             changing = tl.max((infinite > 0).to(tl.int32), 0) > 0
-    # The event before x and the key after t are at hand before it is known which of them the step takes. So a step
-    # waits for memory once, for what the last one made necessary.
-    code = tl.full([LANES], -1, tl.int32)
-    edge = tl.zeros([LANES], tl.int64)
-    value = edge
-    m_key = active & (t < stop)
-    place = tl.load(p_place + row * times + t, mask=m_key, other=0)
-    if not COUNT:
-        edge = tl.load(p_edge + row * events + top, mask=active & (top < events), other=0)
-        value = tl.load(p_value + row * times + t, mask=m_key, other=0)
-        unit = tl.load(p_unit + row, mask=active, other=0)
+    unit = tl.load(p_unit + row)
     while tl.max(active.to(tl.int32), 0) > 0:
-        for _ in tl.static_range(STEPS):
+        # Each step takes an event or a key, and it is not known before which. The next four of both are loaded
+        # together, so that four steps wait for memory once.
+        code, edge = _event_before(p_code, p_edge, row, x, top, events, active, COUNT)
+        code_1, edge_1 = _event_before(p_code, p_edge, row, x - 1, top, events, active, COUNT)
+        code_2, edge_2 = _event_before(p_code, p_edge, row, x - 2, top, events, active, COUNT)
+        code_3, edge_3 = _event_before(p_code, p_edge, row, x - 3, top, events, active, COUNT)
+        place, value = _key_at(p_place, p_value, row, t, stop, times, active, COUNT)
+        place_1, value_1 = _key_at(p_place, p_value, row, t + 1, stop, times, active, COUNT)
+        place_2, value_2 = _key_at(p_place, p_value, row, t + 2, stop, times, active, COUNT)
+        place_3, value_3 = _key_at(p_place, p_value, row, t + 3, stop, times, active, COUNT)
+        for _ in tl.static_range(4):
             last = x - 1
             earlier = (code >= 0) & ((code >> 1) < t)
             if COUNT:
@@ -95,14 +113,11 @@ def walk(
                 moment += tl.where(on, tl.where(minus_in, unit, tl.where(plus_in, value, 0)), 0)
             t = tl.where(here, t + 1, t)
             active = active & (t <= stop) & (x > bottom)
-            m_event = active & back & (x > 0)
-            m_key = active & here & (t < stop)
-            o_event = row * events + x - 1
-            code = tl.load(p_code + o_event, mask=m_event, other=code)
-            place = tl.load(p_place + row * times + t, mask=m_key, other=place)
+            code, code_1, code_2 = _shifted(back, code, code_1, code_2, code_3)
+            place, place_1, place_2 = _shifted(here, place, place_1, place_2, place_3)
             if not COUNT:
-                edge = tl.load(p_edge + o_event, mask=m_event, other=edge)
-                value = tl.load(p_value + row * times + t, mask=m_key, other=value)
+                edge, edge_1, edge_2 = _shifted(back, edge, edge_1, edge_2, edge_3)
+                value, value_1, value_2 = _shifted(here, value, value_1, value_2, value_3)
             if changing:
                 new_low, new_high, new_room = limits(
                     p_counts, p_start, p_end, p_unit, row, t, active & here, times, budget, COUNT, SEGMENTS
@@ -110,3 +125,55 @@ def walk(
                 low = tl.where(here, new_low, low)
                 high = tl.where(here, new_high, high)
                 room = tl.where(here, new_room, room)
+
+
+@triton.jit
+def walk(
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
+    p_corner_moment, p_result,
+    times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Through the cells that a refinement, or the outline, has kept."""
+    n_cells = n_chunks + n_buckets - 1
+    cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    column = tl.load(p_column + cell, mask=cell < n_all, other=-1)
+    active = column >= 0
+    # Lanes beyond the last cell are idle, but look up the unit of a row as all do.
+    cell = tl.minimum(cell, n_all - 1)
+    weight = tl.load(p_corner_weight + cell, mask=active, other=0)
+    moment = tl.load(p_corner_moment + cell, mask=active, other=0)
+    follow(
+        p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_result,
+        cell.to(tl.int64) // n_cells, column, column + n_buckets - 1 - (cell % n_cells), active, weight, moment,
+        times, events, budget, chunk, bucket, COUNT, SEGMENTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def refine_and_walk(
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment, p_result,
+    times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """``refine``, and ``walk`` through the cells found: for few cells, whose lanes a launch would leave idle anyway."""
+    cell = tl.program_id(0)
+    column = tl.load(p_column + cell)
+    if column >= 0:
+        row = cell.to(tl.int64) // coarse_cells
+        coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
+        part, here, upto_weight, upto_moment = cells_inside(
+            p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, row, column, coarse_bucket,
+            tl.load(p_weight + cell), tl.load(p_moment + cell), times, events, budget, chunk, bucket, n_chunks,
+            COUNT, SEGMENTS, FACTOR, BLOCK, UNROLL,
+        )  # fmt: skip
+        lanes: tl.constexpr = 2 * FACTOR * FACTOR
+        number = coarse_bucket * FACTOR + tl.arange(0, FACTOR)
+        columns = tl.reshape(tl.broadcast_to(part[:, None], [2 * FACTOR, FACTOR]), [lanes])
+        numbers = tl.reshape(tl.broadcast_to(number[None, :], [2 * FACTOR, FACTOR]), [lanes])
+        follow(
+            p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_result,
+            row + tl.zeros([lanes], tl.int64), columns, numbers, tl.reshape(here, [lanes]),
+            tl.reshape(upto_weight, [lanes]), tl.reshape(upto_moment, [lanes]),
+            times, events, budget, chunk, bucket, COUNT, SEGMENTS,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
-from flexsparse.codegen.kernels import long_rows, rows, staircase
+from flexsparse.codegen.kernels import long_rows, rows, short_rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
 from flexsparse.codegen.kernels.events import Ranked, merged_events, ranked
 from flexsparse.codegen.kernels.grid import Quantized
@@ -70,8 +70,7 @@ def _select_group(
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
     bounds = _bounds(segments)
-    grid = grids.quantize(u)
-    keys = ranked(_order(grid.score, bounds), grid.value)
+    grid, keys = _quantized_and_ranked(u, bounds)
     if thresholds is None or lifetimes is None or not _side_by_side(u):
         if thresholds is not None:
             _find_thresholds(keys, grid, budget, after, bounds, thresholds)
@@ -88,6 +87,13 @@ def _select_group(
     here.wait_stream(beside)
 
 
+def _quantized_and_ranked(u: Tensor, bounds: tuple[Tensor, Tensor] | None) -> tuple[Quantized, Ranked]:
+    if short_rows.takes(u):
+        return short_rows.quantized_and_ranked(u, bounds)
+    grid = grids.quantize(u)
+    return grid, ranked(*_order(grid.score, bounds), grid)
+
+
 def _side_by_side(u: Tensor) -> bool:
     """Whether two streams spare time: a graph has them for nothing, a host takes longer than short rows run."""
     return u.is_cuda and (u.numel() >= _BESIDE or torch.cuda.is_current_stream_capturing())
@@ -102,7 +108,7 @@ def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
 def _find_thresholds(
     keys: Ranked, grid: Quantized, budget: int, after: int, bounds: tuple[Tensor, Tensor] | None, out: Thresholds
 ) -> None:
-    events = merged_events(keys, grid.value, grid.alive, grid.unit, bounds)
+    events = merged_events(keys, grid, bounds)
     size = grid.value.shape[1]
     found = staircase.crossings(events, size, budget, counts=grid.counts, unit=grid.unit, segments=bounds)
     threshold_kernels.thresholds(found, events, grid, budget, after, bounds, out)
@@ -159,10 +165,14 @@ def _bounds(segments: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return start.int(), end.int()
 
 
-def _order(score: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Keys by falling score, without NaN, the earlier first on ties; later segments before earlier ones."""
-    order = score.sort(dim=1, descending=True, stable=True).indices
+def _order(score: Tensor, bounds: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Keys by falling score, the earlier first on ties, later segments before earlier ones; and their scores.
+
+    The scores are without NaN.
+    """
+    by_score, order = score.sort(dim=1, descending=True, stable=True)
     if bounds is None:
-        return order
+        return order, by_score
     start = bounds[0].gather(1, order)
-    return order.gather(1, start.sort(dim=1, descending=True, stable=True).indices)
+    order = order.gather(1, start.sort(dim=1, descending=True, stable=True).indices)
+    return order, score.gather(1, order)

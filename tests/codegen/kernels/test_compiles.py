@@ -16,12 +16,12 @@ from flexsparse.ops import kernels
 from tests.cross_compiling import ATOMIC, Launches
 
 EXPECTED = {
-    *("_extents", "_quantize", "_running_counts", "_merge", "_rank"),
-    *("table", "table_of_many", "outline", "refine", "walk"),
+    *("_extents", "_quantize", "_running_counts", "_merge", "_rank", "_sorted_blocks", "_ranks"),
+    *("table", "table_of_many", "outline", "refine", "refine_and_walk", "walk"),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),
-    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill", "_slot_sums", "_records"),
+    *("_deaths", "_links", "_follow", "_place", "_newest", "_fill", "_tables_at_once", "_slot_sums", "_records"),
 }
 
 
@@ -32,14 +32,20 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: p
     monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: launches(kernel, grid))
     monkeypatch.setattr(torch, "empty", torch.zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
-    # Whole rows without a refinement, and rows in blocks with some.
-    for size in (1, 70, 3000, 100_000):
+    # Short rows, those of more bits, and rows in blocks; without a refinement and with some.
+    for size, dtype in (
+        (1, torch.float32),
+        (70, torch.bfloat16),
+        (3000, torch.float32),
+        (3000, torch.float64),
+        (100_000, torch.float32),
+    ):
         for segments in (None, torch.zeros(2, size, dtype=torch.long)):
-            u = torch.randn(2, size)
+            u = torch.randn(2, size, dtype=dtype)
             _, lived = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
             assert lived is not None
             table = kernels.slot_table(lived, 40, 16)
-            for scores in (None, u):
+            for scores in (None, u.float()):
                 slot_records(table, lived.death, scores, 16)
             points = torch.zeros(2, size, dtype=torch.long)
             kernels.threshold_gradient(u, u, points, points, 3, segments)
