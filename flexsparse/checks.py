@@ -16,6 +16,7 @@ from flexsparse.example_inputs import learned_names
 from flexsparse.expression import Pattern
 from flexsparse.ir.scalars import scalars_of
 from flexsparse.locating import Cause, find_cause
+from flexsparse.row_lengths import LENGTHS, names_lengths
 from flexsparse.runtime.inputs import check_scale, shapes_of, with_values
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.tolerance import Call, Comparison, Run, evaluate, judge
@@ -145,6 +146,8 @@ def check(
     scalars = scalars_of(compiled.pattern.node)
     numbers, tensors = split_numbers(scalars, captured)
     compiled = compiled.with_values(**dict(numbers)) if numbers else compiled
+    if tensors.get(LENGTHS) is not None and not names_lengths(compiled.pattern.node):
+        compiled = compiled.within_lengths
     shapes = shapes_of(query, key, value, 0)
     check_scale(scale, shapes.head_dim)
     generator = torch.Generator().manual_seed(seed)

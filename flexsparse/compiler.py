@@ -31,11 +31,12 @@ from flexsparse.parser import parse
 from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern, tiles_of_shapes
 from flexsparse.plan import Plan
 from flexsparse.roofline import Roofline
+from flexsparse.row_lengths import LENGTHS, Padding, check_lengths, names_lengths, padding_of, within_lengths
 from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
-from flexsparse.traced import attend_traced, key_of, remember
+from flexsparse.traced import attend_traced, attention_within, key_of, remember
 
 STAGES = (
     *("expr", "canonical", "ir", "tiles", "plan", "source", "mask_mod", "score_mod", "rows", "kernels"),
@@ -100,6 +101,7 @@ class CompiledAttention:
         self._expression = expression
         self._settings = settings
         self._scalars = scalars_of(expression.node)
+        self._own_lengths = names_lengths(expression.node)
         # What is built is built for every number.
         self._node = without_defaults(expression.node)
         self.runner = Runner(self._node, self._compiled.program.printed, settings)
@@ -137,8 +139,9 @@ class CompiledAttention:
     @property
     def builds(self) -> int:
         """How many FlexAttention kernels this pattern was compiled to so far, under these settings."""
-        variants = itertools.product((False, True), BY_FLEX)
-        return sum(launchers_of(self._node, self._settings, *v).builds for v in variants)
+        variants = list(itertools.product((False, True), BY_FLEX))
+        nodes = [self._node, *([self.within_lengths._node] if "within_lengths" in self.__dict__ else [])]
+        return sum(launchers_of(n, self._settings, *v).builds for v in variants for n in nodes)
 
     def __repr__(self) -> str:
         return f"flexsparse.compile({str(self._expression)!r}, backend={self._settings.backend!r})"
@@ -153,6 +156,7 @@ class CompiledAttention:
         scale: float | None = ...,
         return_lse: Literal[False] = ...,
         q_offset: int = ...,
+        lengths: Tensor | None = ...,
         validate: bool = ...,
         **captured: Tensor | int | float | None,
     ) -> Tensor: ...
@@ -166,6 +170,7 @@ class CompiledAttention:
         scale: float | None = ...,
         return_lse: Literal[True],
         q_offset: int = ...,
+        lengths: Tensor | None = ...,
         validate: bool = ...,
         **captured: Tensor | int | float | None,
     ) -> tuple[Tensor, Tensor]: ...
@@ -178,6 +183,7 @@ class CompiledAttention:
         scale: float | None = None,
         return_lse: bool = False,
         q_offset: int = 0,
+        lengths: Tensor | None = None,
         validate: bool = True,
         **captured: Tensor | int | float | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -185,7 +191,13 @@ class CompiledAttention:
 
         query [B, H, S_q, D]; key [B, H_kv, S_kv, D], value [B, H_kv, S_kv, D_v], H_kv dividing H; one dtype and
         device. ``scale`` defaults to 1 / sqrt(D). Scores of a selection are [B, 1 or H_kv or H, S_kv], float32 at
-        best; captured tensors as the pattern declares them. ``q_offset`` is the position of query 0.
+        best; captured tensors as the pattern declares them, and numbers in place of its scalars' defaults, for which
+        nothing is built. ``q_offset`` is the position of query 0.
+        ``lengths`` [B], integers on query's device or the CPU, are how many positions each row has: what stands behind
+        them, NaN too, is not seen, and out is 0 there, lse -inf, and every gradient 0. Each row gets what it would get
+        alone, but for patterns that ask for ``kv_len`` or ``q_len``, which stay those of the tensors. Query, key and
+        value are copied with zeros in place of padding. Where the pattern has a tensor of that name, as ``padding()``
+        does, it is given that, and nothing else happens.
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
         key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
@@ -194,6 +206,11 @@ class CompiledAttention:
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError, and
         PatternArgumentError for a number that the pattern does not take.
         """
+        if lengths is not None and self._own_lengths:
+            captured[LENGTHS] = lengths
+        elif lengths is not None:
+            options: Any = {"scale": scale, "q_offset": q_offset, "validate": validate}
+            return self._within(lengths, (query, key, value), captured, return_lse, options)
         numbers, tensors = split_numbers(self._scalars, captured)
         if torch.compiler.is_compiling():
             traced = attend_traced(self, (query, key, value), tensors, numbers, scale, q_offset, validate)
@@ -222,6 +239,35 @@ class CompiledAttention:
             **dict(numbers),
         )  # fmt: skip
 
+    @functools.cached_property
+    def within_lengths(self) -> CompiledAttention:
+        """What a call with ``lengths`` computes: the pattern of the queries and keys within their row's length."""
+        return CompiledAttention(within_lengths(self.pattern), self._settings)
+
+    def _within(
+        self,
+        lengths: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        captured: dict[str, Any],
+        return_lse: bool,
+        options: dict[str, Any],
+    ) -> Any:
+        tracing = torch.compiler.is_compiling()
+        attention: Any = attention_within(self) if tracing else self.within_lengths
+        padding, ends = self._padding(lengths, shapes_of(*operands, options["q_offset"]), options["validate"])
+        given = {LENGTHS: ends, **padding.given(captured, self._node), **options}
+        found = attention(*padding.operands(*operands), return_lse=return_lse, **given)
+        if not tracing:
+            self._bound = attention._bound
+        if not return_lse:
+            return padding.of_queries(found)
+        return padding.of_queries(found[0]), padding.of_queries(found[1], -torch.inf)
+
+    def _padding(self, lengths: Tensor, shapes: Shapes, validate: bool) -> tuple[Padding, Tensor]:
+        """The padding of a call, and the lengths where the call is."""
+        ends = check_lengths(lengths, shapes.batch, shapes.kv_len, shapes.device, validate=validate)
+        return padding_of(ends, shapes.q_len, shapes.kv_len, shapes.q_offset), ends
+
     @torch.no_grad()
     def mass(
         self,
@@ -230,6 +276,7 @@ class CompiledAttention:
         *,
         scale: float | None = None,
         q_offset: int = 0,
+        lengths: Tensor | None = None,
         validate: bool = True,
         **captured: Tensor | int | float | None,
     ) -> Tensor:
@@ -237,10 +284,18 @@ class CompiledAttention:
 
         query [B, H, S_q, D], key [B, H_kv, S_kv, D]; the rest as in a call. A query that sees a key adds 1 over all
         keys, less what a sink takes; it is the softmax that is summed, before a gate on V. Whatever the backend, the
-        chunked path computes it, exactly and without S x S memory, in a pass of its own; no gradient. Padded queries
-        count like others: call it on rows without padding, or hide their keys. Raises what a call raises.
+        chunked path computes it, exactly and without S x S memory, in a pass of its own; no gradient. With ``lengths``
+        padded queries count for nothing and padded keys receive nothing. Raises what a call raises.
         """
         shapes = shapes_of(query, key, key, q_offset)
+        if lengths is not None and self._own_lengths:
+            captured[LENGTHS] = lengths
+        elif lengths is not None:
+            padding, ends = self._padding(lengths, shapes, validate)
+            query, key, _ = padding.operands(query, key, key)
+            given = padding.given(captured, self._node)
+            options: Any = {LENGTHS: ends, "scale": scale, "q_offset": q_offset, "validate": validate}
+            return self.within_lengths.mass(query, key, **given, **options)
         numbers, tensors = split_numbers(self._scalars, captured)
         given = with_values(self._node, tensors)
         compiled = compile_pattern(self._node, q_offset != 0).numbered(numbers)

@@ -37,6 +37,7 @@ from flexsparse.ir.nodes import (
 from flexsparse.ir.scalars import number_of
 from flexsparse.ir.text import text
 from flexsparse.parser import parse
+from flexsparse.row_lengths import LENGTHS, check_lengths, names_lengths, padding_of, within_lengths
 
 # The meaning of every operation on tensors, by Python's rules for integers.
 _MEANING: dict[str, Callable[..., Tensor]] = {
@@ -124,11 +125,14 @@ def reference(
     """Attention under ``pattern``, dense, computed in float64 and returned in query's dtype.
 
     query [B, H, S_q, D], key and value [B, H_kv, S_kv, D]; captured tensors, scores and numbers of the call by
-    keyword, as for the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32 (float64 for
-    float64) if asked for. Differentiable, to any order, in every floating-point input. A row that sees no key gives out
-    0 and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
+    keyword, and ``lengths``, as for the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32
+    (float64 for float64) if asked for. Differentiable, to any order, in every floating-point input. A row that sees no
+    key gives out 0 and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a
+    selection.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
+    if captured.get(LENGTHS) is not None and not names_lengths(expression.node):
+        return _within(expression, (query, key, value), captured, (scale, return_lse, q_offset))
     groups = query.shape[1] // key.shape[1]
     wide_query, wide_key, wide_value = query.double(), key.double(), value.double()
     wide_key, wide_value = (x.repeat_interleave(groups, 1) for x in (wide_key, wide_value))
@@ -155,6 +159,20 @@ def reference(
         return out
     lse = torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + top).squeeze(-1)
     return out, lse.to(torch.float64 if query.dtype is torch.float64 else torch.float32)
+
+
+def _within(
+    pattern: Any, operands: tuple[Tensor, Tensor, Tensor], captured: Mapping[str, Any], options: tuple[Any, ...]
+) -> Any:
+    """``reference`` of rows that end at their lengths."""
+    (query, key, _), (scale, return_lse, q_offset) = operands, options
+    ends = check_lengths(captured[LENGTHS], len(query), key.shape[2], query.device, validate=True)
+    padding = padding_of(ends, query.shape[2], key.shape[2], q_offset)
+    given = padding.given(dict(captured), pattern.node) | {LENGTHS: ends}
+    operands = padding.operands(*operands)
+    out, lse = reference(within_lengths(pattern), *operands, scale=scale, return_lse=True, q_offset=q_offset, **given)
+    out, lse = padding.of_queries(out), padding.of_queries(lse, -torch.inf)
+    return (out, lse) if return_lse else out
 
 
 def dense_mask(

@@ -111,6 +111,16 @@ def attend_traced(
     return out, lse
 
 
+def attention_within(attention: CompiledAttention) -> CompiledAttention:
+    """What a call with ``lengths`` computes, found while it is traced."""
+    return _attention_of(_key_within(attention.key))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_within(key: str) -> str:
+    return _attention_of(key).within_lengths.key
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _key_at(key: str, names: str, *values: int | float) -> str:
     """The key of the attention with these numbers as the defaults of its scalars."""

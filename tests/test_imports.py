@@ -22,6 +22,7 @@ LEVELS = (
     ("patterns",),
     ("parser", "numbered"),
     ("_torch", "_dynamo", "_fake_gpu", "_inductor", "hardware"),
+    ("row_lengths",),
     ("dense", "dense_selections"),
     ("ops",),
     ("trace",),

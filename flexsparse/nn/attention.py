@@ -26,6 +26,7 @@ from flexsparse.nn.rotary import rotate, turns
 from flexsparse.nn.scorer import Scorer
 from flexsparse.parser import parse
 from flexsparse.patterns.sparsek_window import sparsek_window
+from flexsparse.row_lengths import check_lengths, names_lengths, padding_of
 
 Composer = Callable[[Pattern], Pattern]
 
@@ -118,16 +119,30 @@ class SparseKAttention(nn.Module):
         for part in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.scorer):
             part.reset_parameters()
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, **captured: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        **captured: Tensor | int | float,
+    ) -> Tensor:
         """Attention of x [B, S, embed_dim], in the dtype of the projections.
 
         ``positions`` ([S] or [B, S], default 0 to S - 1) are those of the rotary embedding, and have no effect with
         ``rope=False``; the scores go by the index in the row, so that packed documents may restart their positions.
+        ``lengths`` [B] are how many positions each row of x has: what stands behind them, NaN too, is not read, and
+        gives ``o_proj``'s bias or 0. Numbers are those of the pattern's scalars.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, and what a compiled pattern's call raises.
         """
         self._check_input(x)
         if "scores" in captured:
             raise CapturedError("scores", got="a tensor", expected="none, as the module's scorer makes them")
+        if lengths is not None and not names_lengths(self.pattern.node):
+            # Weights, too, multiply whatever stands there.
+            size = x.shape[1]
+            ends = check_lengths(lengths, len(x), size, x.device, validate=self.validate)
+            x = x.masked_fill(padding_of(ends, size, size).keys.unsqueeze(-1), 0.0)
         query = self._by_head(self.q_proj(x))
         key, value = self._by_head(self.k_proj(x)), self._by_head(self.v_proj(x))
         scores = self.scorer(x)
@@ -138,7 +153,8 @@ class SparseKAttention(nn.Module):
                 cos, sin = turns(_positions(positions, x), self.head_dim, self.rope_base, exact)
                 query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             given = {"scores": scores, **captured}
-            out = self.attention(query, key, value, scale=self.scale, validate=self.validate, **given)
+            options: dict[str, Any] = {"scale": self.scale, "lengths": lengths, "validate": self.validate}
+            out = self.attention(query, key, value, **options, **given)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def set_k(self, k: int) -> None:

@@ -64,7 +64,9 @@ def check_values(made: Callable[[Any, Any], Any], backend: str, dtype: torch.dty
     call = call_of(made(W, C), 40 if backend == "gather" and DEVICE == "cpu" else 70, dtype)
     for window, cap in VALUES:
         literal = made(window, cap)
-        numbers = {n: v for n, v in (("window", window), ("cap", cap)) if f"scalar({n!r}" in str(attention.pattern)}
+        numbers: Any = {
+            n: v for n, v in (("window", window), ("cap", cap)) if f"scalar({n!r}" in str(attention.pattern)
+        }
         got = evaluate(attention, replace(call, captured={**call.captured, **numbers}))
         assert [str(c) for c in judge(literal, got, call) if not c.holds] == []
         assert same_bits(got, evaluate(fs.compile(literal, backend=backend), call)) == [], (window, cap)
