@@ -193,6 +193,8 @@ class CompiledAttention:
         device. ``scale`` defaults to 1 / sqrt(D). Scores of a selection are [B, 1 or H_kv or H, S_kv], float32 at
         best; captured tensors as the pattern declares them, and numbers in place of its scalars' defaults, for which
         nothing is built. ``q_offset`` is the position of query 0.
+        Views are read where they are, by the kernels that gather: x.transpose(1, 2) of x [B, S, H, D], or a part of one
+        packed projection; an operand is copied where its last dimension is not contiguous.
         ``lengths`` [B], integers on query's device or the CPU, are how many positions each row has: what stands behind
         them, NaN too, is not seen, and out is 0 there, lse -inf, and every gradient 0. Each row gets what it would get
         alone, but for patterns that ask for ``kv_len`` or ``q_len``, which stay those of the tensors. Query, key and
