@@ -1,8 +1,8 @@
 """Nodes to Triton text, for kernels into which a pattern's mask, score and gates are printed.
 
 The text reads ``b``, ``h``, ``q`` and ``kv``, integer tensors that broadcast together, the sizes, and one pointer and
-its strides for each captured tensor. Functions of sizes and scalars alone are numbers that
-the host computes and passes.
+its strides for each captured tensor. Functions of sizes and scalars alone are computed by the host, and passed as
+numbers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class TritonText:
             case Symbol(name):
                 return name, 10
             case Scalar(name):
-                self.numbers[name] = name
-                self.given.add(name)
-                return name, 10
+                # A kernel has names of its own, which a user may choose for a number too.
+                self.numbers[f"given_{name}"] = name
+                self.given.add(f"given_{name}")
+                return f"given_{name}", 10
             case Load(tensor, index):
                 steps = [f"{self._place(i)} * of_{tensor.name}_stride_{n}" for n, i in enumerate(index)]
                 found = f"tl.load({' + '.join([f'p_of_{tensor.name}', *steps])})"

@@ -145,21 +145,11 @@ RESERVED = {
     *SYMBOLS,
     *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
     *("torch", "math", "build", "mask_mod", "score_mod", "kept_score_mod", "lost_score_mod", "value_gate"),
-    *(
-        "argument",
-        "gate_total",
-        "gate",
-        "least",
-        "lost",
-        "some",
-        "x",
-        "sink_logit",
-        "like",
-        "row",
-        "row_group",
-        "key_of_row",
-    ),
+    *("gate_total", "gate", "least", "lost", "some", "x", "sink_logit", "like", "row", "row_group", "key_of_row"),
+    "argument",
 }
+# Names that generated text calls where it computes a number of others.
+_CALLED = ("min", "max", "abs", "int", "float")
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 
 
@@ -225,7 +215,7 @@ def scalar(name: str, default: int | float) -> Value:
     and kernels take it as an argument. It is a Python number and receives no gradient; ``captured`` declares tensors.
     Raises PatternArgumentError for a name as ``captured`` does, and for a default that is no number or NaN.
     """
-    if not isinstance(name, str) or not _is_free(name):
+    if not isinstance(name, str) or not _is_free(name) or name in _CALLED:
         raise PatternArgumentError(
             "scalar(name)",
             got=repr(name),

@@ -89,6 +89,17 @@ def test_selections(name: str, backend: str) -> None:
     check_values(SELECTED[name], backend, torch.float32)
 
 
+@pytest.mark.parametrize("backend", ["chunked", gathers])
+def test_names_that_kernels_use(backend: str) -> None:
+    pattern = P["sliding_window"](fs.scalar("count", 5)) | P["sparsek"](6, after=fs.scalar("length", 5))
+    call = call_of(pattern, 40)
+    names = {"count": 9, "length": 9}
+    captured: Any = {**call.captured, **names}
+    got = evaluate(fs.compile(pattern, backend=backend), replace(call, captured=captured))
+    written = P["sliding_window"](9) | P["sparsek"](6, after=9)
+    assert same_bits(got, evaluate(fs.compile(written, backend=backend), call)) == []
+
+
 @pytest.mark.parametrize("backend", ["residue_flex_eager", "flex_eager"])
 def test_beside_a_fixed_modulus(backend: str) -> None:
     """Positions are reordered by a modulus that is written; the window beside it may change."""
@@ -159,7 +170,10 @@ def test_no_number_is_a_file_or_a_kernel(tmp_path: pathlib.Path, monkeypatch: py
 def test_triton_looks_at_no_number() -> None:
     """Kernels are not built anew for 1 and for multiples of 16."""
     pattern = P["sliding_window"](W) + 0.5 * C | P["sparsek"](6, after=W)
-    assert "@triton.jit(do_not_specialize=['after_0', 'c_0', 'window'])" in gathered_source(fs.compile(pattern).ir).text
+    assert (
+        "@triton.jit(do_not_specialize=['after_0', 'c_0', 'given_window'])"
+        in gathered_source(fs.compile(pattern).ir).text
+    )
     assert "do_not_specialize" not in gathered_source(fs.compile(P["sparsek_window"](6, 5)).ir).text
 
 
@@ -307,7 +321,7 @@ def test_a_pattern_without_numbers_takes_none() -> None:
         P["sparsek"](fs.scalar("budget", 4)).with_values(budget=0)
 
 
-@pytest.mark.parametrize("name", ["q", "query", "argument", "c_0", "two words", "class"])
+@pytest.mark.parametrize("name", ["q", "query", "argument", "c_0", "two words", "class", "min"])
 def test_a_name_that_means_something_else_is_refused(name: str) -> None:
     with pytest.raises(PatternArgumentError, match=r"scalar\(name\): got .*, expected an identifier"):
         fs.scalar(name, 3)
