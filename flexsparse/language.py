@@ -206,6 +206,10 @@ def captured(
     return Captured(TensorSpec(name, dims, _KINDS[dtype], learnable, encoding))
 
 
+@overload
+def scalar(name: str, default: int) -> Index: ...
+@overload
+def scalar(name: str, default: float) -> Score: ...
 def scalar(name: str, default: int | float) -> Value:
     """A number that a call may give by keyword ``name``; ``default`` where it gives none.
 

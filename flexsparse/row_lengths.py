@@ -50,7 +50,7 @@ def check_lengths(lengths: object, batch: int, kv_len: int, device: torch.device
         expected = f"query's device, {device}, or cpu"
         raise DeviceError(LENGTHS, got=str(lengths.device), expected=expected, mend="Move it with .to(...).")
     if validate and not torch.compiler.is_compiling():
-        low, high = (int(end) for end in torch.aminmax(lengths))
+        low, high = torch.stack(torch.aminmax(lengths)).tolist()
         if low < 0 or high > kv_len:
             expected = f"lengths from 0 to the key length, {kv_len}"
             raise ShapeError(LENGTHS, got=f"lengths from {low} to {high}", expected=expected)

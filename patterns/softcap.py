@@ -7,6 +7,6 @@ from flexsparse.language import Value, above, pattern, score, tanh
 
 
 @pattern(examples=[{"cap": 30.0}])
-def softcap(cap: float) -> Value:
+def softcap(cap: float | Value) -> Value:
     above(0, cap=cap)
     return cap * tanh(score / cap)

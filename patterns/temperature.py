@@ -7,6 +7,6 @@ from flexsparse.language import Value, above, pattern, score
 
 
 @pattern(examples=[{"value": 2.0}])
-def temperature(value: float) -> Value:
+def temperature(value: float | Value) -> Value:
     above(0, value=value)
     return score / value
