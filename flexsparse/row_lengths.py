@@ -65,7 +65,9 @@ def _on(lengths: Tensor, device: torch.device) -> Tensor:
     """The lengths as int64 on ``device``; the same tensor for the same lengths, as tiles are kept by their tensors."""
     if (lengths.device, lengths.dtype) == (device, torch.int64):
         return lengths
-    if torch.compiler.is_compiling() or lengths.is_inference():
+    kept = not (torch.compiler.is_compiling() or lengths.is_inference())
+    # A CUDA graph reads the lengths at each replay.
+    if not kept or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return lengths.to(device, torch.int64, non_blocking=True)
     state, known = (version_of(lengths), device), _MOVED.get(lengths)
     if known is None or known[0] != state:

@@ -43,12 +43,15 @@ def as_it_is(number: bool | int | float) -> bool | int | float:
 
 def as_argument(number: bool | int | float, real: torch.dtype, device: torch.device) -> Tensor:
     """A number of the call as compiled functions take it: a tensor without dimensions, so that it is in no kernel."""
+    # What a CUDA graph makes is filled when it is replayed, and must not be kept for other calls.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    made = _number_tensor.__wrapped__ if captured else _number_tensor
     if isinstance(number, bool):
-        return _number_tensor(number, torch.bool, device)
+        return made(number, torch.bool, device)
     if isinstance(number, int):
         # Indices have 32 bits, and kernels are quicker with as many.
-        return _number_tensor(number, torch.int32 if -(2**31) <= number < 2**31 else torch.int64, device)
-    return _number_tensor(number, real, device)
+        return made(number, torch.int32 if -(2**31) <= number < 2**31 else torch.int64, device)
+    return made(number, real, device)
 
 
 @functools.lru_cache(maxsize=256)
