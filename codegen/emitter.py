@@ -12,6 +12,7 @@ from flexsparse.ir.nodes import (
     Load,
     Node,
     Opaque,
+    Scalar,
     Symbol,
     mentions,
     walk,
@@ -32,6 +33,8 @@ _GATE_OF = {"": _CLIPPED, "ste": _CLIPPED, "ste_identity": "x", "ste_sigmoid": "
 _SOFTMAX = "torch.exp(torch.where(x >= 0.0, 0.0, x))"
 _GATE_OF["capped_softmax"] = f"torch.where(x <= torch.log(least), least, {_SOFTMAX})"
 
+# ``build`` takes by this name what turns a number of the call into what its functions read.
+ARGUMENT = "argument"
 # The place of a row in what is gathered with it.
 ROW = "b, h // row_group, row"
 
@@ -99,6 +102,8 @@ class Emitter:
                 return repr(value) if value not in (float("inf"), -float("inf")) else f'float("{value}")', 10
             case Symbol(name):
                 return name, 10
+            case Scalar(name):
+                return (name if self.hoisted is None else self.hoisted.setdefault(node, name)), 10
             case Load(tensor, ()):
                 return tensor.name, 10
             case Opaque(function, _, args):
@@ -124,8 +129,8 @@ class Emitter:
 
     def _render_apply(self, node: Node, op: str, args: tuple[Node, ...]) -> tuple[str, int]:
         if is_uniform(node):
-            # A function of sizes is computed once, in front of the functions.
-            if self.hoisted is not None and not OPERATIONS[op].symbol:
+            # A function of sizes is computed once, in front of the functions; of scalars, whatever it is.
+            if self.hoisted is not None and (has_scalars(node) or not OPERATIONS[op].symbol):
                 return self.hoisted.setdefault(node, f"c_{len(self.hoisted)}"), 10
             return self._scalar(op, args)
         operation = OPERATIONS[op]
@@ -136,7 +141,7 @@ class Emitter:
             if is_uniform(args[1]) and is_uniform(args[2]) and node.kind is Kind.REAL:
                 # Two Python numbers would give torch's default dtype; one full tensor fixes the score's.
                 owner = self.real_dtype.removesuffix(".dtype")
-                branches[0] = f"torch.full_like({owner}, {branches[0]})" if owner in ("score", "like") else branches[0]
+                branches[0] = filled(owner, args[1], branches[0]) if owner in ("score", "like") else branches[0]
             return f"torch.where({self.emit_mask(args[0])}, {', '.join(branches)})", 10
         if op == "floor":
             return f"torch.floor({self._as(Kind.REAL, args[0])}).to(torch.int64)", 10
@@ -212,8 +217,18 @@ class Emitter:
         return f"{left} {operation.symbol} {self._wrapped(args[1], Kind.REAL, level + 1)}", level
 
 
+def filled(like: str, node: Node, shown: str) -> str:
+    """A uniform expression with the shape and dtype of ``like``; an argument may be a tensor, which does not fill."""
+    return f"(torch.zeros_like({like}) + {shown})" if has_scalars(node) else f"torch.full_like({like}, {shown})"
+
+
+def has_scalars(node: Node) -> bool:
+    """Whether a call's numbers decide the value of the node."""
+    return any(isinstance(n, Scalar) for n in walk(node))
+
+
 def is_uniform(node: Node) -> bool:
-    """Whether the node is one number for the whole call: constants and sizes only."""
+    """Whether the node is one number for the whole call: constants, sizes and scalars only."""
     if isinstance(node, Load | Selected | Held | Own | Gate | Opaque):
         return False
     if isinstance(node, Symbol):

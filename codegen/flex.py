@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flexsparse.codegen.emitter import ROW, Emitter, is_uniform, opaque_name
+from flexsparse.codegen.emitter import ARGUMENT, ROW, Emitter, filled, has_scalars, is_uniform, opaque_name
 from flexsparse.errors import ShapeError
 from flexsparse.ir.nodes import (
     OPERATIONS,
     SIZE_SYMBOLS,
     Apply,
     Constant,
+    Kind,
     Node,
+    Scalar,
     Symbol,
     walk,
 )
@@ -114,7 +116,8 @@ def _refusing(build: Callable[..., dict[str, Any]], title: str) -> Callable[...,
         try:
             return build(**values)
         except (ArithmeticError, ValueError) as error:
-            sizes = ", ".join(f"{name}={values[name]}" for name in SIZE_SYMBOLS if name in values)
+            numbers = (*SIZE_SYMBOLS, *(name for name, x in values.items() if isinstance(x, int | float)))
+            sizes = ", ".join(f"{name}={values[name]}" for name in dict.fromkeys(numbers) if name in values)
             raise ShapeError(
                 "sizes",
                 got=f"{sizes} ({error})",
@@ -136,7 +139,15 @@ def _arguments(program: Program, form: Form) -> tuple[str, ...]:
     names += [topk.name for topk in program.chosen]
     mentioned = {n.name for e in program.expressions.values() for n in walk(e) if isinstance(n, Symbol)}
     names += [name for name in SIZE_SYMBOLS if name in mentioned]
+    scalars = _scalars(program)
+    names += [*(scalar.name for scalar in scalars), *([ARGUMENT] if scalars else [])]
     return (*names, "q_offset") if form.offset else tuple(names)
+
+
+def _scalars(program: Program) -> tuple[Scalar, ...]:
+    """Those that the expressions read, and not only what a selection is."""
+    read = {n for e in program.expressions.values() for n in walk(e) if isinstance(n, Scalar)}
+    return tuple(scalar for scalar in program.scalars if scalar in read)
 
 
 def opaque_functions(program: Program) -> dict[str, Callable[..., Any]]:
@@ -160,7 +171,9 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], form: Form
     present = {name: body for name, body in bodies.items() if body}
     lines = [f"    {line}" for line in _argument_comments(program, form)]
     emitter = Emitter("torch.float32", None)
-    lines += [f"    {name} = {emitter.emit(node)}" for node, name in hoisted.items()]
+    # A scalar becomes an argument once nothing is computed of its number any more.
+    for node, name in sorted(hoisted.items(), key=lambda item: isinstance(item[0], Scalar)):
+        lines.append(f"    {name} = {_hoisted(emitter, node)}")
     for body in present.values():
         lines += ["", textwrap.indent(body, "    ")]
     entries = ", ".join(f'"{name}": {name if name in present else None}' for name in bodies)
@@ -170,11 +183,21 @@ def _module(program: Program, title: str, arguments: tuple[str, ...], form: Form
     return "\n".join([f"# {title}", *imports, "import torch", "", "", f"def build({_keywords(arguments)}):", text])
 
 
+def _hoisted(emitter: Emitter, node: Node) -> str:
+    """A function of sizes as Python text; as an argument, of the kind that the node has, where scalars decide it."""
+    shown = emitter.emit(node)
+    if not has_scalars(node):
+        return shown
+    return f"{ARGUMENT}({shown if node.kind is not Kind.REAL or isinstance(node, Scalar) else f'float({shown})'})"
+
+
 def _keywords(arguments: tuple[str, ...]) -> str:
     return f"*, {', '.join(arguments)}" if arguments else ""
 
 
 def _argument_comments(program: Program, form: Form) -> Iterator[str]:
+    for scalar in _scalars(program):
+        yield f"# {scalar.name}: {scalar.kind.value}, a number of the call; {ARGUMENT} keeps it out of compiled code"
     for spec in program.tensors:
         if _is_loaded(program, spec.name):
             yield f"# {spec.name}: {spec.kind.value} [{', '.join(spec.dims)}]"
@@ -282,5 +305,5 @@ def _sink_function(program: Program, form: Form, hoisted: dict[Node, str]) -> st
         return ""
     emitter = Emitter("like.dtype", hoisted)
     shown = emitter.emit(program.sink)
-    body = f"return torch.full_like(like, {shown})" if is_uniform(program.sink) else f"return {shown}"
+    body = f"return {filled('like', program.sink, shown)}" if is_uniform(program.sink) else f"return {shown}"
     return _function("sink_logit", "like, b, h, q", form, program_text(program.sink), [body])

@@ -128,7 +128,9 @@ def parts_of(program: Program) -> dict[str, _Part]:
 def selected_mask(program: Program, near: Node, n: int) -> Node:
     """What else must hold for a pair in selection ``n`` to be seen and to belong to no part before it."""
     mask = replaced(program.mask, _held(near, n))
-    for other in (*(Selected(m) for m in range(n)), *_possible(near, program.selections[n].after)):
+    after = program.selections[n].after
+    after = after if isinstance(after, Node) else Constant(after)
+    for other in (*(Selected(m) for m in range(n)), *_possible(near, after)):
         mask = Apply("and", (mask, Apply("not", (other,))))
     return simplify(mask)
 
@@ -139,12 +141,12 @@ def _held(near: Node, n: int) -> dict[Node, Node]:
     return {node: value for node, value in known.items() if not isinstance(node, Constant)}
 
 
-def _possible(near: Node, after: int) -> list[Node]:
+def _possible(near: Node, after: Node) -> list[Node]:
     """The operands of a near mask that can hold for a key which is ``after`` queries old or older."""
     # It brings sympy, for which a block mask need not wait.
     from flexsparse.ir.canonical import canonical
 
-    old = Apply("le", (Apply("add", (Symbol("kv"), Constant(after))), Symbol("q")))
+    old = Apply("le", (Apply("add", (Symbol("kv"), after)), Symbol("q")))
     return [part for part in _operands("or", near) if canonical(Apply("and", (part, old))) != FALSE]
 
 
@@ -251,9 +253,13 @@ def _title(program: Program) -> str:
     return f"{'One selection' if count == 1 else f'{count} selections'} beside {text(near_mask(program))}"
 
 
-@functools.lru_cache(maxsize=256)
 def gathered_source(program: Program) -> GatheredSource:
-    """The kernels of a program with at least one selection and nothing that the text cannot say."""
+    """The kernels of a program with at least one selection and nothing that the text cannot say, for every number."""
+    return _source(program.printed)
+
+
+@functools.lru_cache(maxsize=256)
+def _source(program: Program) -> GatheredSource:
     parts = parts_of(program)
     gated = sorted({gate.number for part in parts.values() for gate in part.gates})
     slot_gates = {
@@ -269,8 +275,19 @@ def gathered_source(program: Program) -> GatheredSource:
     }
     names = dict.fromkeys(n.tensor for e in program.expressions.values() for n in walk(e) if isinstance(n, Load))
     captured = tuple((spec.name, len(spec.dims)) for spec in names if spec.name not in program.sink_only)
+    given = {
+        *printer.text.given,
+        *(f"after_{n}" for n, s in enumerate(program.selections) if isinstance(s.after, Node)),
+    }
     text = module_text(
-        _title(program), blocks, captured, tuple(printer.text.numbers), len(program.selections), slot_gates, shifted
+        _title(program),
+        blocks,
+        captured,
+        tuple(printer.text.numbers),
+        len(program.selections),
+        slot_gates,
+        shifted,
+        sorted(given),
     )
     return GatheredSource(text, captured, dict(printer.text.numbers), tuple(gated), slot_gates, tuple(shifted))
 

@@ -1,13 +1,14 @@
 """Nodes to Triton text, for kernels into which a pattern's mask, score and gates are printed.
 
 The text reads ``b``, ``h``, ``q`` and ``kv``, integer tensors that broadcast together, the sizes, and one pointer and
-its strides for each captured tensor. Functions of sizes alone are computed by the host and passed as numbers.
+its strides for each captured tensor. Functions of sizes and scalars alone are computed by the host, and passed as
+numbers.
 """
 
 from __future__ import annotations
 
-from flexsparse.codegen.emitter import Emitter, is_uniform
-from flexsparse.ir.nodes import COMPARISONS, OPERATIONS, Apply, Constant, Kind, Load, Node, Symbol
+from flexsparse.codegen.emitter import Emitter, has_scalars, is_uniform
+from flexsparse.ir.nodes import COMPARISONS, OPERATIONS, Apply, Constant, Kind, Load, Node, Scalar, Symbol
 from flexsparse.ir.program import Gate, Selected
 
 _CALLS = {f: f"tl.{f}" for f in ("abs", "exp", "exp2", "log", "log2", "sqrt", "cos", "sigmoid")}
@@ -18,10 +19,14 @@ _NEVER_NEGATIVE = ("b", "h", "q", "kv", "q_len", "kv_len", "heads")
 
 
 class TritonText:
-    """Nodes to text; ``numbers`` collects functions of sizes, as the Python text by which the host computes them."""
+    """Nodes to text; ``numbers`` collects functions of sizes, as the Python text by which the host computes them.
+
+    ``given`` names those among them that the call's own numbers decide.
+    """
 
     def __init__(self) -> None:
         self.numbers: dict[str, str] = {}
+        self.given: set[str] = set()
         self._host = Emitter("torch.float32", None)
 
     def emit(self, node: Node) -> str:
@@ -33,6 +38,11 @@ class TritonText:
                 return f'float("{value}")' if value in (float("inf"), -float("inf")) else repr(value), 10
             case Symbol(name):
                 return name, 10
+            case Scalar(name):
+                # A kernel has names of its own, which a user may choose for a number too.
+                self.numbers[f"given_{name}"] = name
+                self.given.add(f"given_{name}")
+                return f"given_{name}", 10
             case Load(tensor, index):
                 steps = [f"{self._place(i)} * of_{tensor.name}_stride_{n}" for n, i in enumerate(index)]
                 found = f"tl.load({' + '.join([f'p_of_{tensor.name}', *steps])})"
@@ -54,8 +64,11 @@ class TritonText:
 
     def _number(self, node: Apply) -> tuple[str, int]:
         text = self._host.emit(node)
+        text = f"float({text})" if has_scalars(node) and node.kind is Kind.REAL else text
         name = next((known for known, other in self.numbers.items() if other == text), f"c_{len(self.numbers)}")
         self.numbers[name] = text
+        if has_scalars(node):
+            self.given.add(name)
         return (f"({name} != 0)" if node.kind is Kind.BOOL else name), 10
 
     def _apply(self, node: Apply, op: str, args: tuple[Node, ...]) -> tuple[str, int]:

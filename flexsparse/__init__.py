@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexsparse.compiler import BoundAttention, CompiledAttention, compile
     from flexsparse.dense import dense_mask, reference
     from flexsparse.errors import BackendNotice, FlexsparseError
-    from flexsparse.language import block_topk, captured, pattern, per_head, topk
+    from flexsparse.language import block_topk, captured, pattern, per_head, scalar, topk
     from flexsparse.parser import parse
     from flexsparse.trace import from_flex
 
@@ -43,6 +43,7 @@ _HOME = {
     "pattern": "language",
     "per_head": "language",
     "reference": "dense",
+    "scalar": "language",
     "topk": "language",
 }
 _SUBMODULES = ("codegen", "errors", "language", "nn", "ops", "patterns")
@@ -67,6 +68,7 @@ __all__ = [
     "pattern",
     "per_head",
     "reference",
+    "scalar",
     "simplify",
     "topk",
 ]

@@ -14,10 +14,12 @@ from flexsparse.errors import ShapeError
 from flexsparse.expression import Expression, Pattern
 from flexsparse.ir.nodes import Node
 from flexsparse.ir.program import Program
+from flexsparse.ir.scalars import scalars_of, without_defaults
 from flexsparse.parser import parse
 from flexsparse.pipeline import Compiled, classify_tiles, compile_pattern
 from flexsparse.runtime.buffers import make_buffers, needs_operands, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured, with_values
+from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def block_mask(
     heads: int = 1,
     device: torch.device | str | None = None,
     block_size: int = 128,
-    **captured: Tensor | None,
+    **captured: Tensor | int | float | None,
 ) -> BlockMask:
     """The BlockMask of a pattern: which tiles of queries x keys are empty, partial or full, and its mask_mod.
 
@@ -51,24 +53,31 @@ def block_mask(
             raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
     settings = Settings(block_size=block_size)
     expression = _parsed(pattern)
-    compiled = compile_pattern(expression.node)
+    numbers, tensors = split_numbers(scalars_of(expression.node), captured)
+    compiled = compile_pattern(without_defaults(expression.node)).numbered(numbers)
     if compiled.program.chosen:
         raise needs_operands(f"block_mask({expression})")
-    shapes, buffers = _bound(expression.node, compiled, (q_len, kv_len), batch, heads, device, captured)
+    shapes, buffers = _bound(expression.node, compiled, (q_len, kv_len), batch, heads, device, tensors)
     refuse_outside(compiled.program, shapes, buffers)
     tiles = classify_tiles(compiled.program, shapes, settings, buffers)
     return make_block_mask(tiles, _functions(compiled, buffers)["mask_mod"])
 
 
 def bind_functions(
-    pattern: Pattern | str, *, heads: int, q_len: int, kv_len: int | None, captured: Mapping[str, Tensor | None]
+    pattern: Pattern | str,
+    *,
+    heads: int,
+    q_len: int,
+    kv_len: int | None,
+    captured: Mapping[str, Tensor | int | float | None],
 ) -> tuple[dict[str, Any], Program]:
     """The generated functions with their tensors, and the program that they came from."""
     node = _parsed(pattern).node
-    compiled = compile_pattern(node)
+    numbers, tensors = split_numbers(scalars_of(node), captured)
+    compiled = compile_pattern(without_defaults(node)).numbered(numbers)
     if compiled.program.selections or compiled.program.chosen:
         return {}, compiled.program
-    _, buffers = _bound(node, compiled, (q_len, kv_len or q_len), None, heads, None, captured)
+    _, buffers = _bound(node, compiled, (q_len, kv_len or q_len), None, heads, None, tensors)
     return _functions(compiled, buffers), compiled.program
 
 

@@ -8,9 +8,10 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, get_args, get_type_hints
 
-from flexsparse.errors import FlexsparseError, PatternArgumentError, did_you_mean
-from flexsparse.expression import Expression, Value, wrap
+from flexsparse.errors import FlexsparseError, PatternArgumentError, TruthValueError, did_you_mean
+from flexsparse.expression import Expression, Index, Value, wrap
 from flexsparse.ir.nodes import Constant, Named, PerHead
+from flexsparse.ir.scalars import is_of_scalars
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Expression)
@@ -51,6 +52,16 @@ class PatternFunction(Generic[P, R]):
         bound = self._bind(args, kwargs)
         try:
             result = self.function(*bound.args, **bound.kwargs)
+        except (TypeError, TruthValueError) as error:
+            shaping = [f"{name}={value!r}" for name, value in bound.arguments.items() if _of_scalars(value)]
+            if not shaping:
+                raise
+            raise PatternArgumentError(
+                f"{self.name}({', '.join(shaping)})",
+                got="a number that each call gives",
+                expected="a number that is known when the pattern is written, as it decides how that is built",
+                mend=f"Compile {self.name} anew where it changes.",
+            ) from error
         except FlexsparseError as error:
             # An inner check speaks of `window` or `topk(k)`; the user wrote this pattern's name.
             inner = re.fullmatch(r"\w+\((\w+)\)|(\w+)", error.argument)
@@ -83,6 +94,8 @@ class PatternFunction(Generic[P, R]):
         """Refuse an argument whose type is not one that the annotation names."""
         annotation = get_type_hints(self.function).get(name)
         allowed = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        if _of_scalars(value) and (float in allowed or (int in allowed and isinstance(value, Index))):
+            return
         if annotation is None or isinstance(value, tuple(a for a in allowed if isinstance(a, type))):
             boolean_for_number = isinstance(value, bool) and bool not in allowed and annotation is not None
             if not boolean_for_number:
@@ -112,11 +125,16 @@ class PatternFunction(Generic[P, R]):
         return tuple(written)
 
 
+def _of_scalars(value: object) -> bool:
+    """Whether the value is a number that each call gives, or computed of such."""
+    return isinstance(value, Value) and is_of_scalars(value.node)
+
+
 def _frozen(value: object) -> object:
     """Arguments become part of a hashable node."""
     if isinstance(value, Expression):
         return value.node
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def pattern(*, examples: Sequence[Mapping[str, Any]]) -> Callable[[Callable[P, R]], PatternFunction[P, R]]:
@@ -133,13 +151,26 @@ def pattern(*, examples: Sequence[Mapping[str, Any]]) -> Callable[[Callable[P, R
 
 
 def at_least(least: int, **arguments: object) -> None:
-    """Refuse an integer argument below ``least``; expressions, as from ``per_head``, are checked entry by entry."""
+    """Refuse an integer argument below ``least``; expressions, as from ``per_head``, are checked entry by entry.
+
+    A number that each call gives is checked when it is known.
+    """
     for name, value in arguments.items():
-        numbers = [c.value for c in _entries(value)] if isinstance(value, Value) else [value]
-        for number in numbers:
+        for number in _numbers(value):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise PatternArgumentError(name, got=repr(number), expected=f"an integer of at least {least}")
 
 
-def _entries(value: Value) -> list[Any]:
-    return [e for e in value.node.entries if isinstance(e, Constant)] if isinstance(value.node, PerHead) else []
+def above(bound: float, **arguments: object) -> None:
+    """Refuse a number that is not above ``bound``; expressions as in ``at_least``."""
+    for name, value in arguments.items():
+        for number in _numbers(value):
+            if not number > bound:
+                raise PatternArgumentError(name, got=repr(number), expected=f"a number above {bound}")
+
+
+def _numbers(value: object) -> list[Any]:
+    """The numbers that are known of an argument."""
+    if not isinstance(value, Value):
+        return [value]
+    return [e.value for e in value.node.entries if isinstance(e, Constant)] if isinstance(value.node, PerHead) else []

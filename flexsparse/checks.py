@@ -14,8 +14,11 @@ from flexsparse.dense import dense_mask
 from flexsparse.errors import NonFiniteScoresError
 from flexsparse.example_inputs import learned_names
 from flexsparse.expression import Pattern
+from flexsparse.ir.scalars import scalars_of
 from flexsparse.locating import Cause, find_cause
+from flexsparse.row_lengths import LENGTHS, names_lengths
 from flexsparse.runtime.inputs import check_scale, shapes_of, with_values
+from flexsparse.runtime.numbers import split_numbers
 from flexsparse.tolerance import Call, Comparison, Run, evaluate, judge
 
 _DIMS = {
@@ -123,7 +126,7 @@ def check(
     run: Run | None = None,
     scale: float | None = None,
     seed: int = 0,
-    **captured: Tensor,
+    **captured: Tensor | int | float,
 ) -> Checked:
     """Check attention under a pattern on these tensors against the dense float64 oracle; for tests of your own.
 
@@ -140,6 +143,11 @@ def check(
     Every score is materialised, up to S_q, S_kv of some thousands. Raises what a call raises.
     """
     compiled = attention if isinstance(attention, CompiledAttention) else compile(attention)
+    scalars = scalars_of(compiled.pattern.node)
+    numbers, tensors = split_numbers(scalars, captured)
+    compiled = compiled.with_values(**dict(numbers)) if numbers else compiled
+    if tensors.get(LENGTHS) is not None and not names_lengths(compiled.pattern.node):
+        compiled = compiled.within_lengths
     shapes = shapes_of(query, key, value, 0)
     check_scale(scale, shapes.head_dim)
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +155,7 @@ def check(
     flow = torch.randn(*rows, shapes.value_dim, generator=generator).to(query)
     real = torch.float64 if shapes.dtype is torch.float64 else torch.float32
     flow_lse = torch.randn(rows, generator=generator).to(query.device, real)
-    given = {name: tensor.detach() for name, tensor in with_values(compiled.pattern.node, captured).items()}
+    given = {name: tensor.detach() for name, tensor in with_values(compiled.pattern.node, tensors).items()}
     query, key, value = (x.detach() for x in (query, key, value))
     # A call without one of them says so itself.
     learned = tuple(name for name in learned_names(compiled.ir) if name in given)

@@ -26,14 +26,17 @@ from flexsparse.explorer.tile_text import tile_text
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
 from flexsparse.ir.program import Program, program_text
+from flexsparse.ir.scalars import scalars_of, without_defaults
 from flexsparse.parser import parse
 from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern, tiles_of_shapes
 from flexsparse.plan import Plan
 from flexsparse.roofline import Roofline
+from flexsparse.row_lengths import LENGTHS, Padding, check_lengths, names_lengths, padding_of, within_lengths
 from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
+from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
-from flexsparse.traced import attend_traced, key_of, remember
+from flexsparse.traced import attend_traced, attention_within, key_of, remember
 
 STAGES = (
     *("expr", "canonical", "ir", "tiles", "plan", "source", "mask_mod", "score_mod", "rows", "kernels"),
@@ -82,11 +85,12 @@ class BoundAttention:
 
     attention: CompiledAttention
     plan: Plan
+    program: Program
 
     def explain(self, hardware: Hardware | str | None = None) -> Explanation:
         """The plan with its candidates and reasons, and its cost on ``hardware``; ``str()`` gives the text."""
         device = find(hardware) if isinstance(hardware, str) else hardware
-        return Explanation(str(self.attention.pattern), self.attention.ir, self.plan, device)
+        return Explanation(str(self.attention.pattern), self.program, self.plan, device)
 
 
 class CompiledAttention:
@@ -96,7 +100,11 @@ class CompiledAttention:
         self._compiled = compile_pattern(expression.node)
         self._expression = expression
         self._settings = settings
-        self.runner = Runner(expression.node, self._compiled.program, settings)
+        self._scalars = scalars_of(expression.node)
+        self._own_lengths = names_lengths(expression.node)
+        # What is built is built for every number.
+        self._node = without_defaults(expression.node)
+        self.runner = Runner(self._node, self._compiled.program.printed, settings)
         # The name of this attention in graphs of torch.compile.
         self.key = key_of(expression, settings)
         remember(self.key, self)
@@ -115,7 +123,7 @@ class CompiledAttention:
 
     @property
     def ir(self) -> Program:
-        """The verified program; ``str()`` of it is its text."""
+        """The verified program, where the pattern has scalars at their defaults; ``str()`` of it is its text."""
         return self._compiled.program
 
     @property
@@ -131,8 +139,9 @@ class CompiledAttention:
     @property
     def builds(self) -> int:
         """How many FlexAttention kernels this pattern was compiled to so far, under these settings."""
-        variants = itertools.product((False, True), BY_FLEX)
-        return sum(launchers_of(self._expression.node, self._settings, *v).builds for v in variants)
+        variants = list(itertools.product((False, True), BY_FLEX))
+        nodes = [self._node, *([self.within_lengths._node] if "within_lengths" in self.__dict__ else [])]
+        return sum(launchers_of(n, self._settings, *v).builds for v in variants for n in nodes)
 
     def __repr__(self) -> str:
         return f"flexsparse.compile({str(self._expression)!r}, backend={self._settings.backend!r})"
@@ -147,8 +156,9 @@ class CompiledAttention:
         scale: float | None = ...,
         return_lse: Literal[False] = ...,
         q_offset: int = ...,
+        lengths: Tensor | None = ...,
         validate: bool = ...,
-        **captured: Tensor | None,
+        **captured: Tensor | int | float | None,
     ) -> Tensor: ...
     @overload
     def __call__(
@@ -160,8 +170,9 @@ class CompiledAttention:
         scale: float | None = ...,
         return_lse: Literal[True],
         q_offset: int = ...,
+        lengths: Tensor | None = ...,
         validate: bool = ...,
-        **captured: Tensor | None,
+        **captured: Tensor | int | float | None,
     ) -> tuple[Tensor, Tensor]: ...
     def __call__(
         self,
@@ -172,35 +183,51 @@ class CompiledAttention:
         scale: float | None = None,
         return_lse: bool = False,
         q_offset: int = 0,
+        lengths: Tensor | None = None,
         validate: bool = True,
-        **captured: Tensor | None,
+        **captured: Tensor | int | float | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """out [B, H, S_q, D_v] in query's dtype, and lse [B, H, S_q] (natural log, float32) with ``return_lse``.
 
         query [B, H, S_q, D]; key [B, H_kv, S_kv, D], value [B, H_kv, S_kv, D_v], H_kv dividing H; one dtype and
         device. ``scale`` defaults to 1 / sqrt(D). Scores of a selection are [B, 1 or H_kv or H, S_kv], float32 at
-        best; captured tensors as the pattern declares them. ``q_offset`` is the position of query 0.
+        best; captured tensors as the pattern declares them, and numbers in place of its scalars' defaults, for which
+        nothing is built. ``q_offset`` is the position of query 0.
+        Views are read where they are, by the kernels that gather: x.transpose(1, 2) of x [B, S, H, D], or a part of one
+        packed projection; an operand is copied where its last dimension is not contiguous.
+        ``lengths`` [B], integers on query's device or the CPU, are how many positions each row has: what stands behind
+        them, NaN too, is not seen, and out is 0 there, lse -inf, and every gradient 0. Each row gets what it would get
+        alone, but for patterns that ask for ``kv_len`` or ``q_len``, which stay those of the tensors. Query, key and
+        value are copied with zeros in place of padding. Where the pattern has a tensor of that name, as ``padding()``
+        does, it is given that, and nothing else happens.
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
         key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
         Inside ``torch.compile`` the backends "gather" and "chunked" are one custom operator, also with
         ``fullgraph=True``, and NaN and unsorted segments are not looked for.
-        Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError.
+        Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError, and
+        PatternArgumentError for a number that the pattern does not take.
         """
+        if lengths is not None and self._own_lengths:
+            captured[LENGTHS] = lengths
+        elif lengths is not None:
+            options: Any = {"scale": scale, "q_offset": q_offset, "validate": validate}
+            return self._within(lengths, (query, key, value), captured, return_lse, options)
+        numbers, tensors = split_numbers(self._scalars, captured)
         if torch.compiler.is_compiling():
-            traced = attend_traced(self, (query, key, value), captured, scale, q_offset, validate)
+            traced = attend_traced(self, (query, key, value), tensors, numbers, scale, q_offset, validate)
             if traced is not None:
                 return traced if return_lse else traced[0]
         shapes = shapes_of(query, key, value, q_offset)
-        given = with_values(self._expression.node, captured)
+        given = with_values(self._node, tensors)
         inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         shapes = replace(shapes, needs_grad=needs_grad)
         factor = check_scale(scale, shapes.head_dim)
-        compiled = compile_pattern(self._expression.node, q_offset != 0)
+        compiled = compile_pattern(self._node, q_offset != 0).numbered(numbers)
         try:
             bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=validate)
-            self._bound = BoundAttention(self, bound.plan)
+            self._bound = BoundAttention(self, bound.plan, bound.program)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":
                 out, lse = self.runner.run(bound, factor, (query, key, value), return_lse)
@@ -210,8 +237,38 @@ class CompiledAttention:
                 raise
             warnings.warn(f"Running the dense reference instead: {error}", BackendNotice, stacklevel=2)
         return reference(
-            self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given
-        )
+            self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given,
+            **dict(numbers),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def within_lengths(self) -> CompiledAttention:
+        """What a call with ``lengths`` computes: the pattern of the queries and keys within their row's length."""
+        return CompiledAttention(within_lengths(self.pattern), self._settings)
+
+    def _within(
+        self,
+        lengths: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        captured: dict[str, Any],
+        return_lse: bool,
+        options: dict[str, Any],
+    ) -> Any:
+        tracing = torch.compiler.is_compiling()
+        attention: Any = attention_within(self) if tracing else self.within_lengths
+        padding, ends = self._padding(lengths, shapes_of(*operands, options["q_offset"]), options["validate"])
+        given = {LENGTHS: ends, **padding.given(captured, self._node), **options}
+        found = attention(*padding.operands(*operands), return_lse=return_lse, **given)
+        if not tracing:
+            self._bound = attention._bound
+        if not return_lse:
+            return padding.of_queries(found)
+        return padding.of_queries(found[0]), padding.of_queries(found[1], -torch.inf)
+
+    def _padding(self, lengths: Tensor, shapes: Shapes, validate: bool) -> tuple[Padding, Tensor]:
+        """The padding of a call, and the lengths where the call is."""
+        ends = check_lengths(lengths, shapes.batch, shapes.kv_len, shapes.device, validate=validate)
+        return padding_of(ends, shapes.q_len, shapes.kv_len, shapes.q_offset), ends
 
     @torch.no_grad()
     def mass(
@@ -221,23 +278,37 @@ class CompiledAttention:
         *,
         scale: float | None = None,
         q_offset: int = 0,
+        lengths: Tensor | None = None,
         validate: bool = True,
-        **captured: Tensor | None,
+        **captured: Tensor | int | float | None,
     ) -> Tensor:
         """What each key receives of the attention, summed over queries: [B, H, S_kv], float32 (float64 for float64).
 
         query [B, H, S_q, D], key [B, H_kv, S_kv, D]; the rest as in a call. A query that sees a key adds 1 over all
         keys, less what a sink takes; it is the softmax that is summed, before a gate on V. Whatever the backend, the
-        chunked path computes it, exactly and without S x S memory, in a pass of its own; no gradient. Padded queries
-        count like others: call it on rows without padding, or hide their keys. Raises what a call raises.
+        chunked path computes it, exactly and without S x S memory, in a pass of its own; no gradient. With ``lengths``
+        padded queries count for nothing and padded keys receive nothing. Raises what a call raises.
         """
         shapes = shapes_of(query, key, key, q_offset)
-        given = with_values(self._expression.node, captured)
-        compiled = compile_pattern(self._expression.node, q_offset != 0)
+        if lengths is not None and self._own_lengths:
+            captured[LENGTHS] = lengths
+        elif lengths is not None:
+            padding, ends = self._padding(lengths, shapes, validate)
+            query, key, _ = padding.operands(query, key, key)
+            given = padding.given(captured, self._node)
+            options: Any = {LENGTHS: ends, "scale": scale, "q_offset": q_offset, "validate": validate}
+            return self.within_lengths.mass(query, key, **given, **options)
+        numbers, tensors = split_numbers(self._scalars, captured)
+        given = with_values(self._node, tensors)
+        compiled = compile_pattern(self._node, q_offset != 0).numbered(numbers)
         settings = replace(self._settings, backend="chunked")
         bound = bind_call(compiled, shapes, given, settings, operands=(query, key), validate=validate)
-        work, tensors = self.runner.work_of(bound, check_scale(scale, shapes.head_dim))
-        return mass_of_keys(work, query, key, tensors)
+        work, read = self.runner.work_of(bound, check_scale(scale, shapes.head_dim))
+        return mass_of_keys(work, query, key, read)
+
+    def with_values(self, **numbers: int | float) -> CompiledAttention:
+        """The same with other defaults of its scalars; what was built serves both. Raises as ``Pattern.with_values``"""
+        return CompiledAttention(self.pattern.with_values(**numbers), self._settings)
 
     def bind(
         self,
@@ -271,7 +342,8 @@ class CompiledAttention:
             q_offset,
             needs_grad,
         )
-        self._bound = BoundAttention(self, bind_shapes(self._compiled, shapes, self._settings))
+        plan = bind_shapes(self._compiled, shapes, self._settings)
+        self._bound = BoundAttention(self, plan, self._compiled.program)
         return self._bound
 
     def warmup(
@@ -343,10 +415,10 @@ class CompiledAttention:
             hint = did_you_mean(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
         if stage == "kernels" and can_gather(self.ir):
-            return mark_gathered(gathered_source(self.ir).text, self._expression.node, self.ir)
+            return mark_gathered(gathered_source(self.ir).text, self._node, self.ir.printed)
         if stage in KERNEL_STAGES:
             shapes = self._last(stage).plan.shapes
-            return kernel_code(self._expression.node, self._compiled, self._settings, shapes, stage, target)
+            return kernel_code(self._node, self._compiled, self._settings, shapes, stage, target)
         return MarkedText.plain(self._text(stage))
 
     def _text(self, stage: str) -> str:
@@ -359,7 +431,7 @@ class CompiledAttention:
             # It brings sympy, for which nothing else here waits.
             from flexsparse.ir.canonical import canonical
 
-            return "\n".join(f"{n:<10} = {program_text(canonical(e))}" for n, e in self.ir.expressions.items())
+            return "\n".join(f"{n:<10} = {program_text(canonical(e))}" for n, e in self.ir.printed.expressions.items())
         if stage == "tiles":
             shapes = self._last(stage).plan.shapes
             found = tiles_of_shapes(self._compiled, shapes, self._settings)

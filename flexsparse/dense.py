@@ -28,13 +28,16 @@ from flexsparse.ir.nodes import (
     Node,
     Opaque,
     PerHead,
+    Scalar,
     Scored,
     SelectionNode,
     Sunk,
     Symbol,
 )
+from flexsparse.ir.scalars import number_of
 from flexsparse.ir.text import text
 from flexsparse.parser import parse
+from flexsparse.row_lengths import LENGTHS, check_lengths, names_lengths, padding_of, within_lengths
 
 # The meaning of every operation on tensors, by Python's rules for integers.
 _MEANING: dict[str, Callable[..., Tensor]] = {
@@ -94,7 +97,7 @@ def reference(
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     q_offset: int = ...,
-    **captured: Tensor,
+    **captured: Tensor | int | float,
 ) -> Tensor: ...
 @overload
 def reference(
@@ -106,7 +109,7 @@ def reference(
     scale: float | None = ...,
     return_lse: bool,
     q_offset: int = ...,
-    **captured: Tensor,
+    **captured: Tensor | int | float,
 ) -> Any: ...
 def reference(
     pattern: Pattern | str,
@@ -117,16 +120,19 @@ def reference(
     scale: float | None = None,
     return_lse: bool = False,
     q_offset: int = 0,
-    **captured: Tensor,
+    **captured: Tensor | int | float,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention under ``pattern``, dense, computed in float64 and returned in query's dtype.
 
-    query [B, H, S_q, D], key and value [B, H_kv, S_kv, D]; captured tensors and scores by keyword, shaped as for
-    the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32 (float64 for float64) if
-    asked for. Differentiable, to any order, in every floating-point input. A row that sees no key gives out 0
-    and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a selection.
+    query [B, H, S_q, D], key and value [B, H_kv, S_kv, D]; captured tensors, scores and numbers of the call by
+    keyword, and ``lengths``, as for the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32
+    (float64 for float64) if asked for. Differentiable, to any order, in every floating-point input. A row that sees no
+    key gives out 0 and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a
+    selection.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
+    if captured.get(LENGTHS) is not None and not names_lengths(expression.node):
+        return _within(expression, (query, key, value), captured, (scale, return_lse, q_offset))
     groups = query.shape[1] // key.shape[1]
     wide_query, wide_key, wide_value = query.double(), key.double(), value.double()
     wide_key, wide_value = (x.repeat_interleave(groups, 1) for x in (wide_key, wide_value))
@@ -155,6 +161,20 @@ def reference(
     return out, lse.to(torch.float64 if query.dtype is torch.float64 else torch.float32)
 
 
+def _within(
+    pattern: Any, operands: tuple[Tensor, Tensor, Tensor], captured: Mapping[str, Any], options: tuple[Any, ...]
+) -> Any:
+    """``reference`` of rows that end at their lengths."""
+    (query, key, _), (scale, return_lse, q_offset) = operands, options
+    ends = check_lengths(captured[LENGTHS], len(query), key.shape[2], query.device, validate=True)
+    padding = padding_of(ends, query.shape[2], key.shape[2], q_offset)
+    given = padding.given(dict(captured), pattern.node) | {LENGTHS: ends}
+    operands = padding.operands(*operands)
+    out, lse = reference(within_lengths(pattern), *operands, scale=scale, return_lse=True, q_offset=q_offset, **given)
+    out, lse = padding.of_queries(out), padding.of_queries(lse, -torch.inf)
+    return (out, lse) if return_lse else out
+
+
 def dense_mask(
     pattern: Pattern | str,
     q_len: int,
@@ -166,7 +186,7 @@ def dense_mask(
     device: torch.device | str = "cpu",
     query: Tensor | None = None,
     key: Tensor | None = None,
-    **captured: Tensor,
+    **captured: Tensor | int | float,
 ) -> Tensor:
     """Which keys each query sees, as booleans [B, H, S_q, S_kv].
 
@@ -182,7 +202,7 @@ def dense_mask(
 
 class _Evaluator:
     def __init__(
-        self, sizes: _Sizes, captured: Mapping[str, Tensor], operands: tuple[Tensor, Tensor] | None = None
+        self, sizes: _Sizes, captured: Mapping[str, Any], operands: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self.sizes = sizes
         self.captured = captured
@@ -283,6 +303,9 @@ class _Evaluator:
                 size = self.sizes.heads if name == "heads" else getattr(self.sizes, name)
                 # What is the same everywhere is computed on the host: in float64, a GPU's log2(8) is below 3.
                 return torch.tensor(size)
+            case Scalar(name, kind, default):
+                number = number_of(node, self.captured.get(name, default))
+                return torch.tensor(number, dtype=torch.int64 if kind is Kind.INT else dtype)
             case Named(_, _, body):
                 return self.number(body, running, dtype)
             case Opaque(function, _, args):
@@ -319,6 +342,10 @@ class _Evaluator:
                     values = [v.to(self.sizes.device) for v in values]
                 return _MEANING[op](*values)
         raise AssertionError(f"no meaning for {type(node).__name__}")
+
+    def count(self, number: int | Node) -> int:
+        """What a selection is given: an integer, or an expression in numbers of the call."""
+        return int(self.number(number, None, torch.float64)) if isinstance(number, Node) else number
 
     def document_ids(self, boundaries: Tensor) -> Tensor:
         """Cumulative lengths [N + 1] -> the id of each position's document."""
@@ -360,7 +387,8 @@ class _Evaluator:
         scores = self.tensor(node.scores).double()
         scores = scores.repeat_interleave(self.sizes.heads // scores.shape[1], 1)
         q, kv = self.sizes.grid("q"), self.sizes.grid("kv")
-        candidate = kv <= q - node.after
+        k, after = self.count(node.k), self.count(node.after)
+        candidate = kv <= q - after
         if node.segments is not None:
             ids = self.tensor(node.segments)
             ids = self.document_ids(ids) if node.segments in (self.boundaries or ()) else ids
@@ -368,10 +396,10 @@ class _Evaluator:
             candidate = candidate & (ids[:, :, q.flatten(), None] == ids[:, :, None, :])
         z = torch.where(candidate, scores.unsqueeze(2), -torch.inf)
         capped = node.gate == "capped_softmax"
-        m, tau = (capped_gates if capped else sorted_gates)(z, node.k)
+        m, tau = (capped_gates if capped else sorted_gates)(z, k)
         # A stable descending sort puts the earlier key first on ties.
         order = z.sort(dim=-1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order[..., : node.k], True) & (z > -torch.inf)
+        chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order[..., :k], True) & (z > -torch.inf)
         through = node.gate.startswith("ste")
         if node.gate == "ste_identity":
             m = finite_scores(z)

@@ -32,7 +32,7 @@ from flexsparse.settings import Settings
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the bound calls of one pattern."""
+    """Runs the bound calls of one pattern. ``program`` has the pattern's scalars; a bound call has their numbers."""
 
     node: Node
     program: Program
@@ -87,7 +87,7 @@ class Runner:
     ) -> tuple[Tensor, Tensor]:
         shapes = work.shapes
         source = gathered_source(self.program)
-        out, lse = attend_gathered(make_call(source, work, bound.buffers, self.program.selections), *operands, kept)
+        out, lse = attend_gathered(make_call(source, work, bound.buffers, bound.program.selections), *operands, kept)
         learned = set(self.program.learnable) - self.program.sink_only
         # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
         recomputed = tuple(
@@ -96,7 +96,7 @@ class Runner:
         )
         if is_carried(tensors, recomputed):
             # The chunked path reads the tiles of the whole mask, and not of what is near alone.
-            work = replace(work, tiles=classify_tiles(self.program, shapes, self.settings, bound.buffers))
+            work = replace(work, tiles=classify_tiles(bound.program, shapes, self.settings, bound.buffers))
         return completed(work, operands, tensors, recomputed, out, lse)
 
     def _over_rows(
@@ -110,7 +110,7 @@ class Runner:
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         shapes, carried = work.shapes, is_carried(tensors, recomputed)
-        rows = rows_of(self.program.selections, shapes.kv_len, self.settings.block_size)
+        rows = rows_of(bound.program.selections, shapes.kv_len, self.settings.block_size)
         call = RowsCall(rows, compile_pattern(self.node).rows, bound.buffers)
         outside = tuple(t.detach() if r else t for t, r in zip(tensors, recomputed, strict=True))
         wanted = return_lse or carried or work.sink
@@ -119,7 +119,7 @@ class Runner:
             return out, lse
         if carried:
             # The chunked path reads the tiles of keys, and not those of rows.
-            work = replace(work, tiles=classify_tiles(self.program, shapes, self.settings, bound.buffers))
+            work = replace(work, tiles=classify_tiles(bound.program, shapes, self.settings, bound.buffers))
         return completed(work, operands, tensors, recomputed, out, lse)
 
     def _by_residue(
@@ -150,7 +150,7 @@ class Runner:
             return out, lse
         if carried:
             # The chunked path reads the tiles of positions in order.
-            work = replace(work, tiles=classify_tiles(self.program, work.shapes, self.settings, bound.buffers))
+            work = replace(work, tiles=classify_tiles(bound.program, work.shapes, self.settings, bound.buffers))
         return completed(work, operands, tensors, recomputed, out, lse)
 
     def is_recomputed(self, name: str, dtype: torch.dtype) -> bool:

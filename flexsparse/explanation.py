@@ -41,6 +41,7 @@ class Explanation:
         shapes, tiles = self.plan.shapes, self.plan.tiles
         return {
             "pattern": self.pattern,
+            "numbers": dict(self.program.numbers),
             "backend": self.plan.backend,
             "shapes": {
                 **{name: getattr(shapes, name) for name in _SHAPE_NAMES},
@@ -72,6 +73,11 @@ class Explanation:
         dtype = str(shapes.dtype).removeprefix("torch.")
         lines = [
             f"pattern   {self.pattern}",
+            *(
+                [f"numbers   {', '.join(f'{name} = {value!r}' for name, value in self.program.numbers)}"]
+                if self.program.numbers
+                else []
+            ),
             f"shapes    query [{shapes.batch}, {shapes.heads}, {shapes.q_len}, {shapes.head_dim}], "
             f"key [{shapes.batch}, {shapes.kv_heads}, {shapes.kv_len}, {shapes.head_dim}], {dtype}, {shapes.device}"
             + (", with gradients" if shapes.needs_grad else ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
-from flexsparse.errors import ExpressionError, PatternArgumentError, TruthValueError
+from flexsparse.errors import ExpressionError, PatternArgumentError, TruthValueError, did_you_mean
 from flexsparse.ir.budgets import with_budget
 from flexsparse.ir.nodes import (
     Apply,
@@ -21,6 +21,7 @@ from flexsparse.ir.nodes import (
     mentions,
     walk,
 )
+from flexsparse.ir.scalars import numbers_at, scalars_of, with_defaults
 from flexsparse.ir.sinks import sink_of
 from flexsparse.ir.text import kind_text, text
 
@@ -229,6 +230,27 @@ class Pattern(Expression):
             expected = f"a pattern with a selection{by}, such as sparsek({k})"
             raise ExpressionError("with_k", got=text(self._node), expected=expected)
         return pattern_of(with_budget(self._node, k, scores))
+
+    def with_values(self, **numbers: int | float) -> Pattern:
+        """The same pattern whose scalars have these defaults: ``pattern.with_values(window=256)``.
+
+        What is compiled of it is what was compiled of this one. Raises PatternArgumentError for a name that is no
+        scalar's, a value of another kind, and one that the pattern does not take.
+        """
+        from flexsparse.numbered import at_numbers
+
+        scalars = scalars_of(self._node)
+        for name in numbers:
+            if name not in scalars:
+                raise PatternArgumentError(
+                    f"with_values({name})",
+                    got=repr(numbers[name]),
+                    expected=f"a scalar of {self!r}",
+                    mend=did_you_mean(name, scalars) or f"Declare one: scalar({name!r}, {numbers[name]!r}).",
+                )
+        given = numbers_at(scalars, numbers)
+        at_numbers(self._node, given)
+        return pattern_of(with_defaults(self._node, given))
 
     def to_flex(self, **options: Any) -> tuple[Any, Any]:
         """(mask_mod, score_mod) for plain flex_attention; options as in ``flexsparse.trace.to_flex``."""

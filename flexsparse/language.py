@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, overload
 
-from flexsparse.catalogue import at_least, pattern
+from flexsparse.catalogue import above, at_least, pattern
 from flexsparse.errors import ExpressionError, PatternArgumentError
 from flexsparse.expression import (
     Expression,
@@ -40,11 +40,14 @@ from flexsparse.ir.nodes import (
     BlockTopK,
     Kind,
     Load,
+    Node,
     PerHead,
+    Scalar,
     SelectionNode,
     Symbol,
     TensorSpec,
 )
+from flexsparse.ir.scalars import is_of_scalars
 
 __all__ = [
     "Captured",
@@ -55,6 +58,7 @@ __all__ = [
     "Score",
     "Selection",
     "Value",
+    "above",
     "at_least",
     "b",
     "block_topk",
@@ -76,6 +80,7 @@ __all__ = [
     "per_head",
     "q",
     "q_len",
+    "scalar",
     "score",
     "sigmoid",
     "sqrt",
@@ -141,7 +146,10 @@ RESERVED = {
     *("query", "key", "value", "scale", "return_lse", "q_offset", "validate", "self"),
     *("torch", "math", "build", "mask_mod", "score_mod", "kept_score_mod", "lost_score_mod", "value_gate"),
     *("gate_total", "gate", "least", "lost", "some", "x", "sink_logit", "like", "row", "row_group", "key_of_row"),
+    "argument",
 }
+# Names that generated text calls where it computes a number of others.
+_CALLED = ("min", "max", "abs", "int", "float")
 _KINDS = {"int": Kind.INT, "real": Kind.REAL, "float": Kind.REAL, "bool": Kind.BOOL}
 
 
@@ -196,6 +204,31 @@ def captured(
             expected="'values', or 'int' with 'boundaries', dims=('s',), or 'parents', dims=('side', 's')",
         )
     return Captured(TensorSpec(name, dims, _KINDS[dtype], learnable, encoding))
+
+
+@overload
+def scalar(name: str, default: int) -> Index: ...
+@overload
+def scalar(name: str, default: float) -> Score: ...
+def scalar(name: str, default: int | float) -> Value:
+    """A number that a call may give by keyword ``name``; ``default`` where it gives none.
+
+    It stands wherever a number of its kind may: an integer default makes an index, as in ``q - kv < scalar("window",
+    512)`` or ``sparsek(512, after=scalar("window", 512))``, a real one a score, as in ``softcap(scalar("cap", 30.0))``.
+    Another number builds no kernel: tiles are classified and backends chosen for the number of the call, and functions
+    and kernels take it as an argument. It is a Python number and receives no gradient; ``captured`` declares tensors.
+    Raises PatternArgumentError for a name as ``captured`` does, and for a default that is no number or NaN.
+    """
+    if not isinstance(name, str) or not _is_free(name) or name in _CALLED:
+        raise PatternArgumentError(
+            "scalar(name)",
+            got=repr(name),
+            expected="an identifier that is not a symbol or an argument of the call",
+            mend="Choose another name, such as 'window'.",
+        )
+    if isinstance(default, bool) or not isinstance(default, int | float) or default != default:
+        raise PatternArgumentError(f"scalar({name!r}, default)", got=repr(default), expected="an integer or a float")
+    return value_of(Scalar(name, Kind.INT if isinstance(default, int) else Kind.REAL, default))
 
 
 def _function(op: str, *args: object, kind: Kind = Kind.REAL) -> Value:
@@ -294,9 +327,9 @@ def per_head(entries: Sequence[Any]) -> Expression:
 
 
 def topk(
-    k: int,
+    k: int | Value,
     *,
-    after: int = 0,
+    after: int | Value = 0,
     scores: str = "scores",
     segments: str | None = None,
     gate: str = "none",
@@ -313,11 +346,10 @@ def topk(
     the gate min(1, exp(score - tau)) on K and V, with its own tau, at which these sum to k over the candidates.
     Under every gate the keys are the hard top-k by query-independent scores, so eviction is final.
     Source: Lou, Jia, Zheng, Tu, arXiv 2406.16747; ``after``, ``segments`` and the gates beside "kv" are ours.
+    ``k`` and ``after`` may be numbers that each call gives: ``scalar``, or integers computed of such.
     Raises PatternArgumentError for k < 1, after < 0 or an unknown gate.
     """
-    for name, number, least in (("k", k, 1), ("after", after, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise PatternArgumentError(f"topk({name})", got=repr(number), expected=f"an integer of at least {least}")
+    counts = (_count("k", k, 1), _count("after", after, 0))
     if gate not in GATES:
         raise PatternArgumentError("topk(gate)", got=repr(gate), expected=f"one of {', '.join(map(repr, GATES))}")
     for name, tensor in (("scores", scores), ("segments", segments)):
@@ -325,7 +357,16 @@ def topk(
             raise PatternArgumentError(
                 f"topk({name})", got=repr(tensor), expected="the keyword under which the tensor is given at the call"
             )
-    return Selection(SelectionNode(k, after, scores, segments, gate))
+    return Selection(SelectionNode(*counts, scores, segments, gate))
+
+
+def _count(name: str, number: int | Value, least: int) -> int | Node:
+    """An argument of ``topk`` as its node has it."""
+    if isinstance(number, Index) and is_of_scalars(number.node):
+        return number.node
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise PatternArgumentError(f"topk({name})", got=repr(number), expected=f"an integer of at least {least}")
+    return number
 
 
 def block_topk(k: int, *, block: int, score: str = "mean") -> Mask:

@@ -35,6 +35,7 @@ from flexsparse.ir.nodes import (
     walk,
 )
 from flexsparse.ir.text import text
+from flexsparse.numbered import at_defaults
 from flexsparse.pipeline import Bound, bind_call, compile_pattern
 from flexsparse.runtime.inputs import check_scale, shapes_of
 from flexsparse.settings import Settings
@@ -80,7 +81,7 @@ class _Row:
     """One query, as the oracle and as the generated functions see it, in float64."""
 
     def __init__(self, attention: CompiledAttention, call: Call, b: int, h: int, q: int) -> None:
-        self.node, self.call, self.at = attention.pattern.node, call, (b, h, q)
+        self.node, self.call, self.at = at_defaults(attention.pattern.node), call, (b, h, q)
         self.scale = check_scale(call.scale, call.query.shape[-1])
         shapes = shapes_of(call.query, call.key, call.value, 0)
         self.kv_len, self.block = shapes.kv_len, attention.settings.block_size

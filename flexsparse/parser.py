@@ -35,7 +35,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 _SYMBOLS = ("b", "h", "q", "kv", "q_len", "kv_len", "heads", "score")
 _FUNCTIONS = (
     *("where", "minimum", "maximum", "exp", "exp2", "log", "log2", "sqrt", "tanh", "cos", "sigmoid", "floor"),
-    *("truncdiv", "truncmod", "per_head", "topk", "block_topk", "captured"),
+    *("truncdiv", "truncmod", "per_head", "topk", "block_topk", "captured", "scalar"),
 )
 
 

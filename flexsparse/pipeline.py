@@ -17,33 +17,61 @@ from flexsparse.codegen.gathered import near_mask
 from flexsparse.codegen.gathering.rows import Rows, program_of_rows, rows_of, with_rows
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import Load, Node, Opaque, walk
-from flexsparse.ir.program import Chosen, Program, Selected
+from flexsparse.ir.program import Chosen, Numbers, Program, Selected
 from flexsparse.ir.residues import Residues, split_residues
+from flexsparse.ir.scalars import at, numbers_at, scalars_of, without_defaults
 from flexsparse.ir.text import text
 from flexsparse.ir.verify import verify
+from flexsparse.numbered import at_numbers
 from flexsparse.plan import Plan, choose, make_plan
 from flexsparse.runtime.buffers import make_buffers, refuse_outside
 from flexsparse.runtime.inputs import Shapes, check_captured, class_shapes
 from flexsparse.runtime.tile_cache import TileCache
 from flexsparse.settings import CHUNK, Settings
 
-# Plans that a pattern keeps, one for each set of shapes.
+# Plans that a pattern keeps, one for each set of shapes, and programs, one for each set of numbers.
 _PLANS = 64
+_NUMBERS = 64
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a pattern becomes before it meets shapes."""
+    """What a pattern becomes before it meets shapes.
+
+    ``program`` has the numbers of a call where ``numbered`` gave them; functions are those of every number.
+    """
 
     program: Program
     title: str
     generated: Generated
+    pattern: Node
+    symbolic: Compiled | None = None
     # The last plan for shapes and settings, and the tiles that it was made for.
     plans: dict[tuple[Shapes, Settings], tuple[Tiles, Plan]] = field(default_factory=dict, compare=False, repr=False)
+    # What ``numbered`` gave.
+    _numbered: dict[Numbers, Compiled] = field(default_factory=dict, compare=False, repr=False)
+
+    def numbered(self, numbers: Numbers) -> Compiled:
+        """The same with numbers in place of scalars, for what is analysed.
+
+        Raises what the pattern raises when it is written with these numbers.
+        """
+        if not numbers:
+            return self
+        found = self._numbered.get(numbers)
+        if found is None:
+            at_numbers(self.pattern, numbers)
+            if len(self._numbered) >= _NUMBERS:
+                self._numbered.clear()
+            found = Compiled(at(self.program, numbers), self.title, self.generated, self.pattern, self)
+            self._numbered[numbers] = found
+        return found
 
     @functools.cached_property
     def rows(self) -> Generated:
         """The functions over keys and, behind them, copies of selected ones."""
+        if self.symbolic is not None:
+            return self.symbolic.rows
         return generate(program_of_rows(self.program), self.title, rows=True)
 
     @functools.cached_property
@@ -61,6 +89,8 @@ class Compiled:
     @functools.cached_property
     def residue_functions(self) -> tuple[Generated, Generated | None]:
         """The functions within classes and of the rest."""
+        if self.symbolic is not None:
+            return self.symbolic.residue_functions
         within, rest = self.residues.within, self.residues.rest
         title = f"{self.title}, pairs of one residue modulo {self.residues.modulus}"
         other = f"{self.title}, pairs of two residues modulo {self.residues.modulus}"
@@ -84,16 +114,20 @@ class Bound:
     buffers: Mapping[str, Any]
     tiles: Tiles
     plan: Plan
+    program: Program
     # Those of pairs that are not of one residue class, where those are attended to apart.
     rest: Tiles | None = None
 
 
 @functools.lru_cache(maxsize=1024)
 def compile_pattern(pattern: Node, offset: bool = False) -> Compiled:
-    """Touches no device and no shape."""
+    """Touches no device and no shape. Scalars that have defaults have these as their numbers."""
+    scalars = scalars_of(pattern)
+    if any(scalar.default is not None for scalar in scalars.values()):
+        return compile_pattern(without_defaults(pattern), offset).numbered(numbers_at(scalars, {}))
     program = verify(lower(pattern))
     title = text(pattern)
-    return Compiled(program, title, generate(program, title, offset=offset))
+    return Compiled(program, title, generate(program, title, offset=offset), pattern)
 
 
 def bind_call(
@@ -131,7 +165,7 @@ def bind_checked(
     read = _tiled(compiled, shapes, settings)
     tiles = classify_tiles(read.program, read.shapes, read.settings, buffers, read.rows)
     rest = None if read.rest is None else classify_tiles(read.rest, shapes, settings, buffers)
-    return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles, rest), rest)
+    return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles, rest), program, rest)
 
 
 @dataclass(frozen=True)

@@ -345,7 +345,12 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def to_flex(
-    pattern: Pattern | str, *, heads: int = 1, q_len: int = 1, kv_len: int | None = None, **captured: Tensor
+    pattern: Pattern | str,
+    *,
+    heads: int = 1,
+    q_len: int = 1,
+    kv_len: int | None = None,
+    **captured: Tensor | int | float,
 ) -> tuple[FlexFunction, FlexFunction | None]:
     """mask_mod and score_mod of a pattern, for plain flex_attention; score_mod is None where scores are untouched.
 

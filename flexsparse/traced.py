@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexsparse._torch import OUTSIDE_GRAPHS, autograd_inside
 from flexsparse.errors import BackendError, FlexsparseError, GradientError
+from flexsparse.ir.program import Numbers
 from flexsparse.pipeline import Bound, bind_checked, compile_pattern
 from flexsparse.plan import choose
 from flexsparse.runtime.buffers import selection_buffers
@@ -70,19 +71,28 @@ def attend_traced(
     attention: CompiledAttention,
     operands: tuple[Tensor, Tensor, Tensor],
     given: Mapping[str, Tensor | None],
+    numbers: Numbers,
     scale: float | None,
     q_offset: int,
     validate: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """out and lse as ``CompiledAttention.__call__`` gives them; None where the backend is none of the operator's."""
+    """out and lse as ``CompiledAttention.__call__`` gives them; None where the backend is none of the operator's.
+
+    The numbers of a call are constants of the graph.
+    """
+    key = attention.key
+    if numbers:
+        # These are calls by which Dynamo takes a number as it is; it would make a symbol of the second one it meets.
+        constants = [operator.index(n) if isinstance(n, int) else n.__float__() for _, n in numbers]
+        key = _key_at(key, ",".join([name for name, _ in numbers]), *constants)
     shapes = shapes_of(*operands, q_offset)
     # What a choice is made by is constant in a graph; lengths are not, and count as far as they are equal.
     lengths = (1, 1) if shapes.q_len == shapes.kv_len else (1, 2)
     fixed = (shapes.heads, shapes.kv_heads, *lengths, shapes.head_dim, shapes.value_dim)
-    backend = _backend(attention.key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, q_offset)
+    backend = _backend(key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, q_offset)
     if backend not in _OPERATED:
         return None
-    program = attention.ir
+    program = attention.ir if not numbers else _attention_of(key).ir
     values = {spec.name: spec.value for spec in program.tensors if spec.value is not None}
     present = values | {name: tensor for name, tensor in given.items() if tensor is not None}
     captured = check_captured(program, shapes, present, validate=False)
@@ -92,13 +102,32 @@ def attend_traced(
         *operands,
         list(tensors.values()),
         ",".join(tensors),
-        attention.key,
+        key,
         backend,
         check_scale(scale, shapes.head_dim),
         q_offset,
         validate,
     )
     return out, lse
+
+
+def attention_within(attention: CompiledAttention) -> CompiledAttention:
+    """What a call with ``lengths`` computes, found while it is traced."""
+    return _attention_of(_key_within(attention.key))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_within(key: str) -> str:
+    return _attention_of(key).within_lengths.key
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_at(key: str, names: str, *values: int | float) -> str:
+    """The key of the attention with these numbers as the defaults of its scalars."""
+    made = _attention_of(key).with_values(**dict(zip(names.split(","), values, strict=True)))
+    # Dynamo cannot wait for the lock of a property that is not cached yet.
+    assert made.ir.gates is not None
+    return made.key
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -11,13 +11,13 @@ Source: Lou, Jia, Zheng, Tu, "Sparser is Faster and Less is More", arXiv 2406.16
 the gates beside "kv" are flexsparse's. Eviction is final: a key that leaves the selection never returns.
 """
 
-from flexsparse.language import Selection, pattern, topk
+from flexsparse.language import Index, Selection, pattern, topk
 
 
 @pattern(examples=[{"k": 1}, {"k": 24}, {"k": 24, "after": 16}])
 def sparsek(
-    k: int,
-    after: int = 0,
+    k: int | Index,
+    after: int | Index = 0,
     gate: str = "kv",
     scores: str = "scores",
     segments: str | None = None,

@@ -5,12 +5,12 @@ keys before them (``kv <= q - window``, inclusive): k + window distinct keys fro
 Source: Lou, Jia, Zheng, Tu, arXiv 2406.16747.
 """
 
-from flexsparse.language import Pattern, pattern, topk
+from flexsparse.language import Index, Pattern, pattern, topk
 from flexsparse.patterns.sliding_window import sliding_window
 
 
 @pattern(examples=[{"k": 16, "window": 32}])
 def sparsek_window(
-    k: int, window: int, gate: str = "kv", scores: str = "scores", segments: str | None = None
+    k: int | Index, window: int | Index, gate: str = "kv", scores: str = "scores", segments: str | None = None
 ) -> Pattern:
     return sliding_window(window) | topk(k, after=window, gate=gate, scores=scores, segments=segments)

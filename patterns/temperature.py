@@ -3,12 +3,10 @@
 With unit-length queries and keys and scale 1 this is cosine attention.
 """
 
-from flexsparse.errors import PatternArgumentError
-from flexsparse.language import Value, pattern, score
+from flexsparse.language import Value, above, pattern, score
 
 
 @pattern(examples=[{"value": 2.0}])
-def temperature(value: float) -> Value:
-    if not value > 0:
-        raise PatternArgumentError("temperature(value)", got=repr(value), expected="a number above 0")
+def temperature(value: float | Value) -> Value:
+    above(0, value=value)
     return score / value

@@ -20,8 +20,9 @@ LEVELS = (
     ("catalogue",),
     ("language",),
     ("patterns",),
-    ("parser",),
+    ("parser", "numbered"),
     ("_torch", "_dynamo", "_fake_gpu", "_inductor", "hardware"),
+    ("row_lengths",),
     ("dense", "dense_selections"),
     ("ops",),
     ("trace",),
@@ -41,7 +42,7 @@ LEVEL_OF = {name: n for n, names in enumerate(LEVELS) for name in names}
 
 
 # Methods on early classes that load a late stage when they are called: conveniences for users, not part of the flow.
-CONVENIENCES = {("expression", "trace"), ("trace", "block_masks")}
+CONVENIENCES = {("expression", "trace"), ("expression", "numbered"), ("trace", "block_masks")}
 
 
 def imports_of(path: pathlib.Path) -> list[str]:

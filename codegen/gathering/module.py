@@ -228,12 +228,15 @@ def module_text(
     selections: int,
     gated: Mapping[int, Sequence[int]],
     shifted: Sequence[int],
+    given: Sequence[str] = (),
 ) -> str:
     """The text of the module with all kernels.
 
     ``gated``: for each selection, the selections whose gates its gathered keys have; ``shifted``: those of all whose
-    gates fall with tau.
+    gates fall with tau; ``given``: numbers that may be others at each call, for none of which a kernel is built.
     """
+    # Triton would build a kernel for 1, one for multiples of 16, and one for the rest.
+    jit = f"@triton.jit(do_not_specialize={list(given)})" if given else "@triton.jit"
     every = range(selections)
     all_gated = sorted({m for own in gated.values() for m in own})
     pattern = ["scale", "length", "heads", "group", "n_chunks"]
@@ -256,7 +259,7 @@ def module_text(
     ) -> str:
         listed = ", ".join([*parameters, *(f"{c}: tl.constexpr" for c in (*(of or constants), *more))])
         signature = textwrap.fill(listed, 110, initial_indent="    ", subsequent_indent="    ")
-        return f'@triton.jit\ndef {name}(\n{signature},\n):\n    """{about}"""\n{indented(body.splitlines())}\n'
+        return f'{jit}\ndef {name}(\n{signature},\n):\n    """{about}"""\n{indented(body.splitlines())}\n'
 
     by_row = "\n".join(row_loads(shifted, "[:, None]")) + "\n"
     known_thresholds = "".join(

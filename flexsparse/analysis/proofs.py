@@ -20,8 +20,9 @@ from flexsparse.expression import Expression, Pattern, wrap
 from flexsparse.ir import nodes
 from flexsparse.ir.canonical import canonical
 from flexsparse.ir.lower import lower
-from flexsparse.ir.nodes import FALSE, INDEX_SYMBOLS, SIZE_SYMBOLS, Apply, Load, Node, Opaque, Symbol, walk
+from flexsparse.ir.nodes import FALSE, INDEX_SYMBOLS, SIZE_SYMBOLS, Apply, Load, Node, Opaque, Scalar, Symbol, walk
 from flexsparse.ir.program import Chosen, Program, Selected
+from flexsparse.ir.scalars import without_defaults
 from flexsparse.parser import parse
 from flexsparse.verdict import Verdict
 
@@ -72,12 +73,13 @@ def is_causal(pattern: Pattern | str) -> Verdict:
 
 
 def depends_on(pattern: Pattern | str, name: str) -> Verdict:
-    """Whether the mask of ``pattern`` can change with "b", "h", "q", "kv", a size, or a captured tensor."""
+    """Whether the mask of ``pattern`` can change with "b", "h", "q", "kv", a size, a captured tensor or a scalar."""
     program = _program(pattern)
     tensors = {spec.name for spec in program.tensors}
     scores = {s.scores for s in program.selections}
-    if name not in (*INDEX_SYMBOLS, *SIZE_SYMBOLS, *tensors, *scores):
-        known = ", ".join((*INDEX_SYMBOLS, *SIZE_SYMBOLS, *sorted(tensors | scores)))
+    given = {*tensors, *scores, *(scalar.name for scalar in program.scalars)}
+    if name not in (*INDEX_SYMBOLS, *SIZE_SYMBOLS, *given):
+        known = ", ".join((*INDEX_SYMBOLS, *SIZE_SYMBOLS, *sorted(given)))
         raise SettingError("depends_on(name)", got=repr(name), expected=f"one of {known}")
     mask = canonical(program.mask)
     found = [n for n in walk(mask) if _touches(n, name, program)]
@@ -92,11 +94,14 @@ def _touches(node: Node, name: str, program: Program) -> bool:
             return symbol == name
         case Load(spec, _):
             return spec.name == name
+        case Scalar(scalar):
+            return scalar == name
         case Opaque():
             return name in INDEX_SYMBOLS
         case Selected(number):
             selection = program.selections[number]
-            return name in (*INDEX_SYMBOLS, selection.scores, selection.segments)
+            counts = {n.name for n in walk(selection) if isinstance(n, Scalar)}
+            return name in (*INDEX_SYMBOLS, selection.scores, selection.segments, *counts)
     return False
 
 
@@ -108,7 +113,8 @@ def _shown(mask: Node) -> str:
 
 def _program(pattern: Pattern | str) -> Program:
     expression = parse(pattern) if isinstance(pattern, str) else pattern
-    return lower(expression.node)
+    # Numbers that a call gives are unknown here, whatever their defaults.
+    return lower(without_defaults(expression.node))
 
 
 def _answer(a: Program, b: Program, wrong: Callable[[Node, Node], Node], verb: str) -> Verdict:
@@ -118,7 +124,7 @@ def _answer(a: Program, b: Program, wrong: Callable[[Node, Node], Node], verb: s
     bad = canonical(wrong(a.mask, right))
     if bad == FALSE or canonical(a.mask) == canonical(right):
         return Verdict(True, "the canonical forms agree")
-    free = not any(isinstance(n, Load | Selected | Chosen | Opaque) for n in walk(bad))
+    free = not any(isinstance(n, Load | Selected | Chosen | Opaque | Scalar) for n in walk(bad))
     if free:
         example = _search(bad)
         if example is not None:
@@ -133,7 +139,7 @@ def _shifted(mask: Node, by: int) -> Node:
 
 
 def _refuted(example: dict[str, int], bad: Node, verb: str) -> Verdict:
-    kept = {n: v for n, v in example.items() if n in INDEX_SYMBOLS or nodes.mentions(bad, n)}
+    kept = {n: v for n, v in example.items() if n not in SIZE_SYMBOLS or nodes.mentions(bad, n)}
     at = ", ".join(f"{name}={value}" for name, value in kept.items())
     return Verdict(False, verb.format(at=f"({at})"), kept)
 
@@ -179,6 +185,9 @@ def _solve(bad: Node, selections: tuple[Any, ...], verb: str) -> Verdict:
     for name in itertools.chain(INDEX_SYMBOLS, SIZE_SYMBOLS):
         value = model.eval(encoder.symbol(name), model_completion=True)
         example[name] = value.as_long()
+    for name, scalar in encoder.scalars.items():
+        value = model.eval(scalar, model_completion=True)
+        example[name] = value.as_long() if z3.is_int(scalar) else float(value.as_fraction())
     if not encoder.faithful:
         where = ", ".join(f"{n}={example[n]}" for n in INDEX_SYMBOLS)
         return Verdict(None, f"unknown: it may fail at ({where}), which depends on what z3 does not model")

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexsparse.ir.nodes import COMPARISONS, INDEX_SYMBOLS, Apply, BlockTopK, Constant, Kind, Load, Node, Opaque, Symbol
+from flexsparse.ir.nodes import (
+    COMPARISONS,
+    INDEX_SYMBOLS,
+    Apply,
+    BlockTopK,
+    Constant,
+    Kind,
+    Load,
+    Node,
+    Opaque,
+    Scalar,
+    Symbol,
+)
 from flexsparse.ir.program import Chosen, Gate, Selected
 
 
@@ -28,6 +40,8 @@ class Encoder:
         self.functions: dict[object, Any] = {}
         self.facts: list[Any] = []
         self.chosen: list[Any] = []
+        # Numbers of a call, which may be any.
+        self.scalars: dict[str, Any] = {}
         # False once something was abstracted whose value a counterexample may have chosen wrongly.
         self.faithful = True
         lengths = {"b": None, "h": "heads", "q": None, "kv": "kv_len"}
@@ -60,13 +74,16 @@ class Encoder:
                 return self._constant(node.kind, value)
             case Symbol(name):
                 return self.symbol(name)
+            case Scalar(name):
+                number = (self.z3.Int if node.kind is Kind.INT else self.z3.Real)(name)
+                return self.scalars.setdefault(name, number)
             case Load(spec, index):
                 return self.unknown(("load", spec), spec.kind, *(self.encode(i, selections) for i in index))
             case Selected(number):
                 selection = selections[number]
                 chosen = self.unknown(("selected", selection), Kind.BOOL, *self.indices())
                 # A selected key is a candidate.
-                candidate = self.symbol("kv") <= self.symbol("q") - selection.after
+                candidate = self.symbol("kv") <= self.symbol("q") - self._count(selection.after)
                 self.facts.append(self.z3.Implies(chosen, candidate))
                 self.chosen.append(chosen)
                 return chosen
@@ -80,6 +97,9 @@ class Encoder:
             case Apply(op, args):
                 return self._apply(op, node, [self.encode(a, selections) for a in args])
         raise UnsupportedError(f"{type(node).__name__} has no translation")
+
+    def _count(self, number: Any) -> Any:
+        return self.encode(number) if isinstance(number, Node) else number
 
     def _chosen(self, topk: BlockTopK) -> Any:
         """Some blocks for each query: its own always, and what else it is z3 does not know."""

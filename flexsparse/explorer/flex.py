@@ -20,6 +20,8 @@ from flexsparse.errors import BackendError
 from flexsparse.explorer.cross import ended, worker_environment
 from flexsparse.explorer.kernel import Kernel
 from flexsparse.explorer.targets import Target
+from flexsparse.ir.scalars import with_defaults
+from flexsparse.ir.text import text
 from flexsparse.pipeline import Compiled
 from flexsparse.plan import Plan
 from flexsparse.settings import Settings
@@ -42,8 +44,8 @@ def flex_kernels(compiled: Compiled, settings: Settings, plan: Plan, target: Tar
     texts = _texts(_order(compiled, settings, plan, target))
     found: dict[tuple[str, str], Kernel] = {}
     for way in ("forward", "backward"):
-        for text in texts[way]:
-            for kernel in kernels_in(text, way == "backward"):
+        for module in texts[way]:
+            for kernel in kernels_in(module, way == "backward"):
                 # The two calls of a gate on V share some.
                 found.setdefault((kernel.name, kernel.module), kernel)
     return tuple(found.values())
@@ -76,7 +78,9 @@ def _order(compiled: Compiled, settings: Settings, plan: Plan, target: Target | 
         raise refused(target, f"FlexAttention for {target.name}", "sm_80, sm_90 or sm_100 for what Inductor generates")
     if compiled.program.opaque:
         raise refused(target, "functions that could not be traced", "a pattern whose text says all of it")
-    return Order(compiled.title, settings, plan, target)
+    # Another process reads the text, and wants the numbers.
+    pattern = text(with_defaults(compiled.pattern, compiled.program.numbers))
+    return Order(pattern, settings, plan, target)
 
 
 @functools.lru_cache(maxsize=32)

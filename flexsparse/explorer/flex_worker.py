@@ -74,7 +74,7 @@ def _captured(order: Order) -> _inductor.Capture:
         _inductor.cpu_for_gpu(),
         unittest.mock.patch.object(_dynamo, "inductor", capture),
     ):
-        run = Bound(buffers, bound.tiles, order.plan)
+        run = Bound(buffers, bound.tiles, order.plan, bound.program)
         out, lse = attention.runner.run(run, shapes.head_dim**-0.5, operands, carried)
         if shapes.needs_grad:
             results = [out, lse] if carried else [out]

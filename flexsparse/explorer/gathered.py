@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +101,7 @@ class _Recorder:
         if not self.target.is_nvidia:
             # An option of NVIDIA's backend alone.
             options.pop("maxnreg", None)
-        signature, constants, aligned = described(arguments, _constexprs(self.text)[name])
+        signature, constants, aligned = described(arguments, _constexprs(self.text)[name], _any_number(self.text))
         self.kernels.setdefault(name, Kernel(name, self.text, signature, constants, aligned, options, self.backward))
 
 
@@ -113,15 +114,18 @@ class _Launchable:
 
 
 def described(
-    arguments: Mapping[str, Any], constexprs: frozenset[str]
+    arguments: Mapping[str, Any], constexprs: frozenset[str], any_number: frozenset[str] = frozenset()
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """The types, constants and multiples of 16 among arguments, as a launch would find them."""
+    """The types, constants and multiples of 16 among arguments, as a launch would find them.
+
+    For those in ``any_number`` it looks at no value.
+    """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned = []
     for name, value in arguments.items():
         # A launch turns the number 1 into a constant as well.
-        if name in constexprs or (isinstance(value, int) and value == 1):
+        if name in constexprs or (isinstance(value, int) and value == 1 and name not in any_number):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, Tensor):
@@ -131,9 +135,16 @@ def described(
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in any_number:
                 aligned.append(name)
     return signature, constants, tuple(aligned)
+
+
+@functools.lru_cache(maxsize=32)
+def _any_number(module: str) -> frozenset[str]:
+    """The parameters for whose values Triton is told to build nothing."""
+    found = re.search(r"do_not_specialize=(\[.*?\])", module)
+    return frozenset(ast.literal_eval(found[1])) if found else frozenset()
 
 
 @functools.lru_cache(maxsize=32)

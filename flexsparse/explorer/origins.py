@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexsparse.ir.lower import flattened
-from flexsparse.ir.nodes import Apply, Constant, Kind, Named, Node, Scored, SelectionNode, Symbol, walk
+from flexsparse.ir.nodes import Apply, Constant, Kind, Named, Node, Scalar, Scored, SelectionNode, Symbol, walk
 from flexsparse.ir.program import Chosen, Gate, Held, Program, Selected
 from flexsparse.ir.simplify import simplify
 from flexsparse.ir.text import text
@@ -48,7 +48,7 @@ class Origins:
         return tuple(p.text for p in self._places if p.text in held and not p.inside & held)
 
     def _holding(self, node: Node, section: str) -> Iterator[str]:
-        if isinstance(node, Constant | Symbol):
+        if isinstance(node, Constant | Symbol | Scalar):
             return
         if isinstance(node, Selected | Gate | Held):
             node, section = self._selections[node.number], "mask"
@@ -83,4 +83,4 @@ def _unscored(node: Node) -> Node:
 
 def _operations(nodes: list[Node]) -> frozenset[Node]:
     forms = [form for node in nodes for form in (flattened(node), simplify(flattened(node)))]
-    return frozenset(n for form in forms for n in walk(form) if not isinstance(n, Constant | Symbol))
+    return frozenset(n for form in forms for n in walk(form) if not isinstance(n, Constant | Symbol | Scalar))

@@ -69,10 +69,10 @@ def _marked_source(
     kernels = _kernels(compiled, settings, plan, target)
     text = source_of([kernel for kernel in kernels if kernel.backward == backward])
     if plan.backend == "gather":
-        marked = mark_gathered(text, pattern, compiled.program)
+        marked = mark_gathered(text, pattern, compiled.program.printed)
     else:
-        over_rows = plan.backend == "gather_flex"
-        marked = mark_flex(text, pattern, program_of_rows(compiled.program) if over_rows else compiled.program)
+        program, over_rows = compiled.program.printed, plan.backend == "gather_flex"
+        marked = mark_flex(text, pattern, program_of_rows(program) if over_rows else program)
     # Behind the launches, which stand above the code.
     head = next(n for n, (line, _) in enumerate(marked.lines) if not line)
     return MarkedText((*marked.lines[:head], *((line, None) for line in LEGEND), *marked.lines[head:]))

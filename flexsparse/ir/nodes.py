@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 
 class Kind(enum.Enum):
@@ -68,6 +68,22 @@ SIZE_SYMBOLS = ("q_len", "kv_len", "heads")
 # The children of what changes with every index.
 PLACE: tuple[Node, ...] = tuple(Symbol(name) for name in INDEX_SYMBOLS)
 SYMBOLS = {**dict.fromkeys((*INDEX_SYMBOLS, *SIZE_SYMBOLS), Kind.INT), "score": Kind.REAL}
+
+
+@dataclass(frozen=True)
+class Scalar(Node):
+    """A number that the call gives by keyword, the same for every pair; ``default`` where the call gives none.
+
+    What is compiled has no default: its numbers come with each call, and are part of no text and of no kernel.
+    """
+
+    name: str
+    of: Kind
+    default: int | float | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return self.of
 
 
 @dataclass(frozen=True)
@@ -159,12 +175,16 @@ class PerHead(Node):
 GATES = ("kv", "k", "v", "logit", "none", "ste", "ste_identity", "ste_sigmoid", "capped_softmax")
 
 
+# An integer, or until a call gives its numbers an expression in scalars.
+Count: TypeAlias = Any
+
+
 @dataclass(frozen=True)
 class SelectionNode(Node):
     """The hard top-k of the causal prefix by query-independent scores, with soft gates."""
 
-    k: int
-    after: int = 0
+    k: Count
+    after: Count = 0
     scores: str = "scores"
     segments: str | None = None
     gate: str = "none"
@@ -172,6 +192,10 @@ class SelectionNode(Node):
     @property
     def kind(self) -> Kind:
         return Kind.BOOL
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return tuple(count for count in (self.k, self.after) if isinstance(count, Node))
 
 
 BLOCK_SCORES = ("mean", "bounds")
@@ -356,6 +380,10 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
         return Sunk(*children)
     if isinstance(node, Named):
         return Named(node.name, node.arguments, children[0])
+    if isinstance(node, SelectionNode):
+        counts = iter(children)
+        k, after = (next(counts) if isinstance(count, Node) else count for count in (node.k, node.after))
+        return replace(node, k=k, after=after)
     raise AssertionError(f"{type(node).__name__} has no children")
 
 

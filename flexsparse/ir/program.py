@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flexsparse.ir.nodes import (
     PLACE,
@@ -13,6 +14,7 @@ from flexsparse.ir.nodes import (
     Load,
     Node,
     Opaque,
+    Scalar,
     SelectionNode,
     Symbol,
     TensorSpec,
@@ -71,6 +73,8 @@ class Gate(Node):
         return Kind.REAL
 
 
+# The value of every scalar, by name in order.
+Numbers: TypeAlias = tuple[tuple[str, int | float], ...]
 # The numbers of every per_head list of the program.
 Tables = tuple[tuple[int | float, ...], ...]
 
@@ -98,7 +102,8 @@ class Program:
     plus ``log(gate_logit)``; its value is multiplied by ``gate_v``. ``sink`` is a logit in b, h and q that joins the
     softmax's denominator, -inf where there is none. ``head_groups`` are the lengths of ``per_head`` lists, which must
     divide the number of query heads; ``idle`` names tensors that the pattern mentions and simplification made
-    unnecessary.
+    unnecessary. Where a call gave numbers in place of scalars, ``numbers`` has them, and ``symbolic`` is the program
+    that still has the scalars, of which functions and kernels are printed.
     """
 
     mask: Node
@@ -112,6 +117,19 @@ class Program:
     head_groups: tuple[int, ...] = ()
     idle: tuple[str, ...] = ()
     sink: Node = NO_SINK
+    numbers: Numbers = ()
+    symbolic: Program | None = None
+
+    @property
+    def printed(self) -> Program:
+        """The program of which functions and kernels are printed, with scalars in place of their numbers."""
+        return self.symbolic or self
+
+    @functools.cached_property
+    def scalars(self) -> tuple[Scalar, ...]:
+        """The scalars that any expression or selection reads, in order of first use."""
+        found = (n for e in (*self.expressions.values(), *self.selections) for n in walk(e) if isinstance(n, Scalar))
+        return tuple(dict.fromkeys(found))
 
     @functools.cached_property
     def expressions(self) -> dict[str, Node]:
@@ -122,14 +140,14 @@ class Program:
     @property
     def has_sink(self) -> bool:
         """Whether a logit without a key takes part in the softmax."""
-        return self.sink != NO_SINK
+        return self.printed.sink != NO_SINK
 
     @functools.cached_property
     def loaded(self) -> dict[str, frozenset[str]]:
         """The captured tensors that each expression reads."""
         return {
             name: frozenset(n.tensor.name for n in walk(e) if isinstance(n, Load))
-            for name, e in self.expressions.items()
+            for name, e in self.printed.expressions.items()
         }
 
     @functools.cached_property
@@ -147,18 +165,19 @@ class Program:
     @functools.cached_property
     def gates(self) -> frozenset[Gate]:
         """The gates that any expression reads."""
-        return frozenset(n for e in self.expressions.values() for n in walk(e) if isinstance(n, Gate))
+        found = (n for e in self.printed.expressions.values() for n in walk(e) if isinstance(n, Gate))
+        return frozenset(found)
 
     @functools.cached_property
     def opaque(self) -> tuple[Opaque, ...]:
         """The functions that could not be traced, in order of first use."""
-        found = (n for e in self.expressions.values() for n in walk(e) if isinstance(n, Opaque))
+        found = (n for e in self.printed.expressions.values() for n in walk(e) if isinstance(n, Opaque))
         return tuple({n.function: n for n in found}.values())
 
     @functools.cached_property
     def chosen(self) -> tuple[BlockTopK, ...]:
         """The selections of blocks that depend on query and key, in order of first use."""
-        found = (n.topk for e in self.expressions.values() for n in walk(e) if isinstance(n, Chosen))
+        found = (n.topk for e in self.printed.expressions.values() for n in walk(e) if isinstance(n, Chosen))
         return tuple(dict.fromkeys(found))
 
     @property
@@ -170,6 +189,10 @@ class Program:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
+        if self.symbolic is not None:
+            yield from (f"number     {name} = {value!r}" for name, value in self.numbers)
+            yield from self.symbolic._lines()
+            return
         for spec in self.tensors:
             learnable = " learnable" if spec.learnable else ""
             encoding = " boundaries" if spec.encoding == "boundaries" else ""

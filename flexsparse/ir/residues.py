@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from flexsparse.ir.nodes import FALSE, TRUE, Apply, Constant, Node, Symbol, replaced, walk
 from flexsparse.ir.program import Program
+from flexsparse.ir.scalars import at
 from flexsparse.ir.simplify import simplify
 from flexsparse.ir.sinks import NO_SINK
 
@@ -32,9 +33,18 @@ class Residues:
     rest: Program | None
 
 
-@functools.lru_cache(maxsize=256)
 def split_residues(program: Program) -> Residues | None:
-    """The parts by residue class, None where the mask has no such condition."""
+    """The parts by residue class, None where the mask has no such condition with a modulus that no call gives."""
+    split = _split(program.printed)
+    if split is None or program.symbolic is None:
+        return split
+    within, rest = (part if part is None else at(part, program.numbers) for part in (split.within, split.rest))
+    assert within is not None
+    return Residues(split.modulus, within, rest)
+
+
+@functools.lru_cache(maxsize=256)
+def _split(program: Program) -> Residues | None:
     found = dict(_conditions(program.mask))
     if not found:
         return None

@@ -14,6 +14,7 @@ from flexsparse.ir.nodes import (
     Node,
     Opaque,
     PerHead,
+    Scalar,
     Scored,
     SelectionNode,
     Sunk,
@@ -52,6 +53,8 @@ def _render(node: Node) -> tuple[str, int]:
             return repr(value), (_ATOM if isinstance(value, bool) or value >= 0 else 8)
         case Symbol(name):
             return name, _ATOM
+        case Scalar(name, _, default):
+            return (name if default is None else f"scalar({name!r}, {default!r})"), _ATOM
         case Load(tensor, ()):
             return tensor.name, _ATOM
         case Opaque(function, _, args):

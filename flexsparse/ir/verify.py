@@ -13,6 +13,7 @@ from flexsparse.ir.nodes import (
     Load,
     Node,
     Opaque,
+    Scalar,
     Symbol,
     walk,
 )
@@ -36,7 +37,7 @@ def verify(program: Program) -> Program:
 
 def _check(name: str, node: Node, program: Program, tensors: set[str]) -> None:
     match node:
-        case Constant():
+        case Constant() | Scalar():
             pass
         case Symbol(symbol):
             if symbol not in SYMBOLS or (symbol == "score" and name != "score"):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexsparse.compiler import CompiledAttention
 from flexsparse.compiler import compile as compile_attention
 from flexsparse.errors import (
     CapturedError,
@@ -19,13 +20,16 @@ from flexsparse.errors import (
     ShapeError,
     did_you_mean,
 )
-from flexsparse.expression import Pattern
-from flexsparse.ir.nodes import GATES
+from flexsparse.expression import Index, Pattern
+from flexsparse.ir.nodes import GATES, SelectionNode
+from flexsparse.ir.scalars import scalars_of
 from flexsparse.nn.diagnostics import SelectionDiagnostics, diagnose
 from flexsparse.nn.rotary import rotate, turns
 from flexsparse.nn.scorer import Scorer
 from flexsparse.parser import parse
 from flexsparse.patterns.sparsek_window import sparsek_window
+from flexsparse.row_lengths import check_lengths, names_lengths, padding_of
+from flexsparse.runtime.numbers import split_numbers
 
 Composer = Callable[[Pattern], Pattern]
 
@@ -37,7 +41,8 @@ class SparseKAttention(nn.Module):
     ``heads`` query heads share ``kv_heads`` (default: as many) heads of keys, values and scores; ``head_dim``
     defaults to ``embed_dim / heads``. ``pattern`` composes further: a pattern or its text is intersected
     (``"document"``), a function takes the pattern and returns the whole (``lambda p: (p | sinks(4)) + alibi()``).
-    The tensors it captures are given to ``forward`` by keyword. ``segments`` names a tensor of ids at which the
+    The tensors it captures are given to ``forward`` by keyword, as is the number of a ``window=scalar("window", 512)``,
+    which may change from step to step: ``layer(x, window=256)``. ``segments`` names a tensor of ids at which the
     selection restarts, ``pattern="document"`` keeps the attention inside: packed documents want both.
 
     ``position_slope`` is what a position adds to a score (see ``Scorer``); None takes ``1 / (2 k)``, the steepest at
@@ -69,7 +74,7 @@ class SparseKAttention(nn.Module):
         kv_heads: int | None = None,
         *,
         k: int,
-        window: int,
+        window: int | Index,
         head_dim: int | None = None,
         gate: str = "kv",
         pattern: Composer | Pattern | str | None = None,
@@ -88,7 +93,8 @@ class SparseKAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, number in (("embed_dim", embed_dim), ("heads", heads), ("k", k), ("window", window)):
-            _at_least_one(name, number)
+            if name != "window" or not isinstance(window, Index):
+                _at_least_one(name, number)
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(heads, kv_heads)
         head_dim = _head_dim(embed_dim, heads, head_dim, rope)
@@ -118,16 +124,30 @@ class SparseKAttention(nn.Module):
         for part in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.scorer):
             part.reset_parameters()
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, **captured: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        **captured: Tensor | int | float,
+    ) -> Tensor:
         """Attention of x [B, S, embed_dim], in the dtype of the projections.
 
         ``positions`` ([S] or [B, S], default 0 to S - 1) are those of the rotary embedding, and have no effect with
         ``rope=False``; the scores go by the index in the row, so that packed documents may restart their positions.
+        ``lengths`` [B] are how many positions each row of x has: what stands behind them, NaN too, is not read, and
+        gives ``o_proj``'s bias or 0. Numbers are those of the pattern's scalars.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, and what a compiled pattern's call raises.
         """
         self._check_input(x)
         if "scores" in captured:
             raise CapturedError("scores", got="a tensor", expected="none, as the module's scorer makes them")
+        if lengths is not None and not names_lengths(self.pattern.node):
+            # Weights, too, multiply whatever stands there.
+            size = x.shape[1]
+            ends = check_lengths(lengths, len(x), size, x.device, validate=self.validate)
+            x = x.masked_fill(padding_of(ends, size, size).keys.unsqueeze(-1), 0.0)
         query = self._by_head(self.q_proj(x))
         key, value = self._by_head(self.k_proj(x)), self._by_head(self.v_proj(x))
         scores = self.scorer(x)
@@ -138,7 +158,8 @@ class SparseKAttention(nn.Module):
                 cos, sin = turns(_positions(positions, x), self.head_dim, self.rope_base, exact)
                 query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             given = {"scores": scores, **captured}
-            out = self.attention(query, key, value, scale=self.scale, validate=self.validate, **given)
+            options: dict[str, Any] = {"scale": self.scale, "lengths": lengths, "validate": self.validate}
+            out = self.attention(query, key, value, **options, **given)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def set_k(self, k: int) -> None:
@@ -150,7 +171,9 @@ class SparseKAttention(nn.Module):
         self._compile()
 
     @torch.no_grad()
-    def diagnose(self, x: Tensor, *, positions: Tensor | None = None, **captured: Tensor) -> SelectionDiagnostics:
+    def diagnose(
+        self, x: Tensor, *, positions: Tensor | None = None, **captured: Tensor | int | float
+    ) -> SelectionDiagnostics:
         """What the selection does on x, without running the attention: see ``SelectionDiagnostics``.
 
         Takes what ``forward`` takes, and reads of it x and the selection's segments. A pattern with several
@@ -158,11 +181,13 @@ class SparseKAttention(nn.Module):
         CapturedError without the segments, and what ``flexsparse.ops.causal_select`` raises.
         """
         self._check_input(x)
-        name = self.selection.segments
-        if name is not None and name not in captured:
+        numbers, tensors = split_numbers(scalars_of(self.pattern.node), captured)
+        selection = _own_selection(self.attention.with_values(**dict(numbers))) if numbers else self.selection
+        name = selection.segments
+        if name is not None and name not in tensors:
             raise CapturedError(name, got="nothing", expected="segment ids", mend=f"Pass {name}=... to the call.")
-        segments = None if name is None else captured[name]
-        return diagnose(self.scorer(x), self.scorer.content(x), self.selection, segments)
+        segments = None if name is None else tensors[name]
+        return diagnose(self.scorer(x), self.scorer.content(x), selection, segments)
 
     def extra_repr(self) -> str:
         rope = f"rope_base={self.rope_base:g}" if self.rope else "rope=False"
@@ -180,11 +205,7 @@ class SparseKAttention(nn.Module):
 
     def _compile(self) -> None:
         self.attention = compile_attention(self.pattern, backend=self.backend)
-        mine = [s for s in self.attention.ir.selections if s.scores == "scores"]
-        if not mine:
-            expected = "a pattern with a selection by the module's scores"
-            raise ExpressionError("pattern", got=str(self.pattern), expected=expected, mend="Compose what is given.")
-        self.selection = mine[0]
+        self.selection = _own_selection(self.attention)
         for spec in self.attention.ir.tensors:
             if spec.name in ("x", "positions"):
                 expected = "captured tensors of other names than the arguments of forward, x and positions"
@@ -208,6 +229,15 @@ class SparseKAttention(nn.Module):
         if x.dtype is not weight.dtype and not (cast and x.is_floating_point()):
             mend = "Convert it with x.to(...), or run under torch.autocast." if x.is_floating_point() else ""
             raise DtypeError("x", got=str(x.dtype), expected=f"the module's dtype, {weight.dtype}", mend=mend)
+
+
+def _own_selection(attention: CompiledAttention) -> SelectionNode:
+    """The first selection by the module's scores."""
+    mine = [s for s in attention.ir.selections if s.scores == "scores"]
+    if not mine:
+        expected = "a pattern with a selection by the module's scores"
+        raise ExpressionError("pattern", got=str(attention.pattern), expected=expected, mend="Compose what is given.")
+    return mine[0]
 
 
 def _at_least_one(name: str, number: object) -> None:

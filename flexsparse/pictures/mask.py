@@ -14,6 +14,7 @@ from flexsparse.compiler import CompiledAttention
 from flexsparse.errors import SettingError
 from flexsparse.example_inputs import example_operands
 from flexsparse.ir.nodes import Node
+from flexsparse.numbered import at_defaults
 from flexsparse.pipeline import Bound, Compiled, bind_call, compile_pattern
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
@@ -163,7 +164,8 @@ def drawable(
     A mask that depends on query and key is drawn for random ones, made from ``seed``; SettingError where the blocks
     that the queries choose would not fit into memory.
     """
-    compiled = compile_pattern(attention.pattern.node)
+    pattern = at_defaults(attention.pattern.node)
+    compiled = compile_pattern(pattern)
     for topk in attention.ir.chosen:
         choices = shapes.heads * shapes.q_len * -(-shapes.kv_len // topk.block)
         if choices > _CHOOSABLE:
@@ -179,7 +181,7 @@ def drawable(
     names = compiled.generated.arguments
     functions: dict[str, Any] = compiled.generated.build(**{name: bound.buffers[name] for name in names})
     mask, score = functions["mask_mod"], functions["score_mod"]
-    return Drawable(shapes, bound, mask, score, attention.pattern.node, compiled, captured)
+    return Drawable(shapes, bound, mask, score, pattern, compiled, captured)
 
 
 def square_shapes(length: int, heads: int, kv_heads: int | None = None, device: str = "cpu") -> Shapes:

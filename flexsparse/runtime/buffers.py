@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexsparse.codegen.emitter import ARGUMENT
 from flexsparse.codegen.flex import selection_arguments
 from flexsparse.errors import CapturedError, ExpressionError
 from flexsparse.ir.program import Program, table_name
@@ -17,6 +19,7 @@ from flexsparse.ops.capped_softmax import causal_capped_softmax
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import causal_select, causal_topk
 from flexsparse.runtime.inputs import Shapes, refuse_beyond_keys
+from flexsparse.runtime.numbers import as_argument
 
 # Stand-ins for infinities: differences of these are finite or saturate, and never become NaN.
 _SCORE_FAR, _TAU_LOW, _TAU_HIGH = 3.0e38, -3.4e38, 1.5e38
@@ -42,6 +45,9 @@ def make_buffers(
         buffers[table_name(number)] = torch.tensor(values, dtype=dtype, device=shapes.device)
     _check_per_head(program, shapes.heads)
     buffers |= selection_buffers(program, captured) if selected is None else selected
+    buffers |= dict(program.numbers)
+    if program.numbers:
+        buffers[ARGUMENT] = functools.partial(as_argument, real=real, device=shapes.device)
     for topk in program.chosen:
         if operands is None:
             raise needs_operands(text(topk))

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexsparse.analysis.tiles import EMPTY, Tiles
+from flexsparse.codegen.emitter import ARGUMENT
 from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.numbers import as_it_is
 
 # Elements of one chunk's score tile at most; some ten tensors of that size live at once.
 _CHUNK_ELEMENTS = 1 << 21
@@ -44,7 +46,11 @@ class Work:
     def functions(self, tensors: tuple[Tensor, ...], *, broadcast: bool) -> dict[str, Any]:
         """The generated functions, of scalars or of broadcast index tensors; only untraced functions differ."""
         opaque = {name: broadcasting(f) if broadcast else f for name, f in self.opaque.items()}
-        return self.build(**self.constants, **opaque, **dict(zip(self.names, tensors, strict=True)))
+        constants = self.constants
+        if broadcast and ARGUMENT in constants:
+            # Python's numbers are as exact as those that a pattern is written with.
+            constants = {**constants, ARGUMENT: as_it_is}
+        return self.build(**constants, **opaque, **dict(zip(self.names, tensors, strict=True)))
 
 
 def broadcasting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -258,7 +258,7 @@ def _arguments(
     for name, dims in source.captured:
         tensor = values[name]
         made |= {f"p_of_{name}": tensor, **{f"of_{name}_stride_{d}": tensor.stride(d) for d in range(dims)}}
-    sizes = {"q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads}
+    sizes = {**values, "q_len": shapes.q_len, "kv_len": shapes.kv_len, "heads": shapes.heads}
     made |= {name: eval(text, {"math": math, "min": min, "max": max, "abs": abs}, sizes) for name, text in
              source.numbers.items()}  # fmt: skip
     return made

@@ -157,7 +157,8 @@ def check_captured(
     present = {name: tensor for name, tensor in present.items() if name not in program.idle}
     for name in present:
         if name not in needed:
-            hint = did_you_mean(name, needed - set(present)) or "The pattern takes no tensors."
+            others = {scalar.name for scalar in program.printed.scalars}
+            hint = did_you_mean(name, (needed | others) - set(present)) or "The pattern takes no tensors."
             raise CapturedError(name, got="a tensor that the pattern does not use", expected=_names(needed), mend=hint)
     for name in sorted(needed):
         if name not in present:

@@ -177,6 +177,32 @@ def test_operands_of_any_strides() -> None:
         assert torch.equal(attention(*operands, **call.captured), wanted)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["[B, S, H, D]", "one projection [B, S, 3, H, D]"])
+def test_operands_with_heads_behind_positions_are_read_where_they_are(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel of forward or backward gets a copy of query, key, value or of what flows into the output."""
+    call = call_of(HYBRID, 70, batch=1, heads=2, kv_heads=2)
+    together = torch.stack([x.transpose(1, 2) for x in (call.query, call.key, call.value)], 2).requires_grad_()
+    held = together.unbind(2) if packed else [x.detach().clone().requires_grad_() for x in together.unbind(2)]
+    flow = torch.randn_like(held[0])
+    places = {f"p_{name}": x.data_ptr() for name, x in zip(("query", "key", "value"), held, strict=True)}
+    places["p_d_out"] = flow.data_ptr()
+    read: dict[str, set[int]] = {name: set() for name in places}
+    launch: Any = gathered.launch  # type: ignore[attr-defined]
+
+    def watched(kernel: Any, grid: tuple[int, ...], **named: Any) -> None:
+        for name in read.keys() & named.keys():
+            read[name].add(named[name].data_ptr())
+        launch(kernel, grid, **named)
+
+    monkeypatch.setattr(gathered, "launch", watched)
+    attention: Any = fs.compile(HYBRID, backend="gather")
+    out = attention(*(x.transpose(1, 2) for x in held), **call.captured)
+    torch.autograd.backward(out.transpose(1, 2), flow)
+    assert read == {name: {place} for name, place in places.items()}
+
+
 # numpy says so where the interpreter takes the difference of two stand-ins for infinity.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_infinite_scores() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flexsparse as fs
+from flexsparse.errors import PatternArgumentError, SettingError
 from flexsparse.ir.nodes import GATES
 from flexsparse.language import Pattern
 from flexsparse.nn import Scorer, SparseKAttention
@@ -349,3 +350,20 @@ def test_k_may_change_while_training() -> None:
     layer.set_k(6)
     assert layer.selection.k == 6
     assert torch.equal(layer(x), other(x))
+
+
+def test_a_window_of_the_call() -> None:
+    """A layer whose window is a number of the call is, at each number, the layer that is written with it."""
+    layer = SparseKAttention(32, 4, 2, k=4, window=fs.scalar("window", 8), backend="chunked")
+    x = torch.randn(2, 30, 32)
+    for window in (3, 8, 20):
+        written = SparseKAttention(32, 4, 2, k=4, window=window, backend="chunked")
+        written.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x, window=window), written(x))
+        assert str(layer.diagnose(x, window=window)) == str(written.diagnose(x))
+    assert torch.equal(layer(x), layer(x, window=8))
+    with pytest.raises(PatternArgumentError, match=r"sparsek_window\(window\): got 0"):
+        layer(x, window=0)
+    real: Any = fs.scalar("window", 8.0)
+    with pytest.raises(SettingError, match=r"window: got scalar\('window', 8\.0\), expected an integer"):
+        SparseKAttention(32, 4, 2, k=4, window=real)

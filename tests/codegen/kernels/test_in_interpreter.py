@@ -25,6 +25,8 @@ pytest.importorskip("triton")
         ("gathered/test_kernels.py", "composition and (gate or sink)", 20, 0),
         ("gathered/test_kernels.py", "composition and not (gate or sink)", 15, 0),
         ("gathered/test_kernels.py", "not composition", 35, 0),
+        ("runtime/test_scalars.py", "(test_selections and -gather]) or kernel or (torch_compile and gather)", 6, 0),
+        ("runtime/test_lengths.py", "gather]", 5, 0),
     ],
 )
 def test_kernels_in_the_interpreter(file: str, chosen: str, least: int, skipped: int) -> None:
