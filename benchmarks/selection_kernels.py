@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from gpu_check import environment
 
-from flexsparse.ops import causal_select, slot_table
+from flexsparse.ops import causal_select
 
 SHAPES = ((16, 4096), (16, 65536), (512, 16384), (8, 1 << 20))
 CHUNK = 128
@@ -61,8 +61,7 @@ def measure(regime: str, rows: int, size: int, k: int, peers: bool) -> dict[str,
     u = scores(regime, rows, size)
 
     def forward() -> Any:
-        thresholds, selection = causal_select(u, k, validate=False)
-        return thresholds, selection, slot_table(selection, k, CHUNK)
+        return causal_select(u, k, validate=False, chunk=CHUNK)
 
     results = forward()
     kept = sum(t.nbytes for part in results[:2] for t in part) + results[2].nbytes
@@ -74,7 +73,7 @@ def measure(regime: str, rows: int, size: int, k: int, peers: bool) -> dict[str,
     peak = torch.cuda.max_memory_allocated() - before
     row: dict[str, Any] = {"regime": regime, "rows": rows, "length": size, "k": k, "forward_ms": replayed(forward)}
     row["peak_bytes"] = (peak - kept) / u.numel()
-    found = torch.ops.flexsparse.causal_selection(u, k, 0, None, True, False)
+    found = torch.ops.flexsparse.causal_selection(u, k, 0, None, True, False, 0)
     grad = torch.randn_like(u)
     backward = torch.ops.flexsparse.causal_selection_backward
     row["backward_ms"] = replayed(lambda: backward(grad, u, found[1], found[2], 0, None))

@@ -108,7 +108,8 @@ def _extents(p_u, p_highest, p_lowest, p_nans, size, n_blocks, BLOCK: tl.constex
 @triton.jit
 def _quantize(
     p_u, p_highest, p_lowest, p_nans, p_unit, p_step, p_center, p_top, p_bottom, p_nan, p_value, p_alive, p_counts,
-    p_score, p_blocks, size, n_blocks, bits, BLOCK: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
+    p_score, p_blocks, size, n_blocks, bits,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """The grid of a row, and values of one block on it: the WHOLE row, or else how many are finite and +inf there."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -180,7 +181,11 @@ def empty_grid(u: Tensor, *, counted: bool, scored: bool = False) -> Quantized:
     real, long = torch.float64, torch.int64
     value, alive, counts = made(long, size), made(torch.int8, size), made(long, size if counted else 0)
     score = made(u.dtype, size if scored else 0)
-    return Quantized(value, alive, counts, score, made(long), *(made(real) for _ in range(4)), made(torch.int32))
+    unit, first_nan = made(long), made(torch.int32)
+    return Quantized(
+        value, alive, counts, score, unit, made(real), made(real), top=made(real), bottom=made(real),
+        first_nan=first_nan,
+    )  # fmt: skip
 
 
 def quantize(u: Tensor, *, counted: bool = True) -> Quantized:

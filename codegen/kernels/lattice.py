@@ -219,72 +219,6 @@ def _with_last(each, last, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def cells_inside(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, row, column, coarse_bucket, old_weight,
-    old_moment, times, events, budget, chunk, bucket, n_chunks,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Of the parts of one cell, [2 * FACTOR, FACTOR] of chunk and bucket: which the path passes through, and the sums.
-
-    The second half of the chunks' numbers is not inside the cell, and not on the path. Weight and moment are those at
-    the corners of the parts.
-    """
-    inner = tl.arange(0, FACTOR)
-    t = (column * FACTOR + inner) * chunk
-    last_t = (column + 1) * FACTOR * chunk
-    # Keys without weight stand at the list's end, which a lattice may go beyond.
-    top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
-    # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
-    # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's
-    # end.
-    weight = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32)
-    moment = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
-    last_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
-    last_moment = tl.zeros([BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
-    own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
-    own_moment = tl.zeros([BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
-    # Unrolled by hand: the loop's own option came with Triton 3.2.
-    for first in range(0, tl.maximum(bucket, chunk), BLOCK * UNROLL):
-        for step in tl.static_range(UNROLL):
-            inside = first + step * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
-            o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
-            m_event = (inside < bucket) & (o_event < events)
-            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
-            key = (column * FACTOR + inner)[None, :] * chunk + inside
-            m_key = (inside < chunk) & (key < times)
-            own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
-            own_moment += own_m
-            earlier = time[None, :, :] < t[:, None, None]
-            moment += tl.where(earlier, m[None, :, :], 0)
-            last_moment += tl.where(time < last_t, m, 0)
-            if not COUNT:
-                own_weight += own_w
-                weight += tl.where(earlier, w[None, :, :], 0)
-                last_weight += tl.where(time < last_t, w, 0)
-    # From FACTOR on, the prefix at the chunk's end.
-    number = tl.arange(0, 2 * FACTOR)
-    before = inner[None, :] < number[:, None]
-    inside_moment = _with_last(tl.sum(moment, 1), tl.sum(last_moment, 0)[None, :], FACTOR)
-    top_moment = old_moment + tl.sum(tl.where(before, tl.sum(own_moment, 0)[None, :], 0), 1)
-    inside_weight = tl.zeros([2 * FACTOR, FACTOR], tl.int32)
-    top_weight = tl.zeros([2 * FACTOR], tl.int32)
-    if not COUNT:
-        inside_weight = _with_last(tl.sum(weight, 1), tl.sum(last_weight, 0)[None, :], FACTOR)
-        top_weight = old_weight + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
-    prefix = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, times)
-    highest, upto_weight, upto_moment = _parts_reached(
-        p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, prefix, inside_weight, inside_moment,
-        top_weight, top_moment, times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
-    )  # fmt: skip
-    # A column ends where the next one begins.
-    lowest = tl.sum(tl.where(number[None, :] == number[:, None] + 1, highest[None, :], 0), 1)
-    part = column * FACTOR + number
-    here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None])
-    here &= ((number < FACTOR) & (part < n_chunks))[:, None]
-    return part, here, upto_weight, upto_moment
-
-
-@triton.jit
 def refine(
     p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
@@ -297,13 +231,59 @@ def refine(
     if column >= 0:
         row = cell.to(tl.int64) // coarse_cells
         coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
-        part, here, upto_weight, upto_moment = cells_inside(
-            p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, row, column, coarse_bucket,
-            tl.load(p_weight + cell), tl.load(p_moment + cell), times, events, budget, chunk, bucket, n_chunks,
-            COUNT, SEGMENTS, FACTOR, BLOCK, UNROLL,
+        inner = tl.arange(0, FACTOR)
+        t = (column * FACTOR + inner) * chunk
+        last_t = (column + 1) * FACTOR * chunk
+        # Keys without weight stand at the list's end, which a lattice may go beyond.
+        top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
+        # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
+        # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's
+        # end.
+        weight = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32)
+        moment = tl.zeros([FACTOR, BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
+        last_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
+        last_moment = tl.zeros([BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
+        own_weight = tl.zeros([BLOCK, FACTOR], tl.int32)
+        own_moment = tl.zeros([BLOCK, FACTOR], tl.int32 if COUNT else tl.int64)
+        # Unrolled by hand: the loop's own option came with Triton 3.2.
+        for first in range(0, tl.maximum(bucket, chunk), BLOCK * UNROLL):
+            for step in tl.static_range(UNROLL):
+                inside = first + step * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
+                o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
+                m_event = (inside < bucket) & (o_event < events)
+                time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
+                key = (column * FACTOR + inner)[None, :] * chunk + inside
+                m_key = (inside < chunk) & (key < times)
+                own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
+                own_moment += own_m
+                earlier = time[None, :, :] < t[:, None, None]
+                moment += tl.where(earlier, m[None, :, :], 0)
+                last_moment += tl.where(time < last_t, m, 0)
+                if not COUNT:
+                    own_weight += own_w
+                    weight += tl.where(earlier, w[None, :, :], 0)
+                    last_weight += tl.where(time < last_t, w, 0)
+        # From FACTOR on, the prefix at the chunk's end.
+        number = tl.arange(0, 2 * FACTOR)
+        before = inner[None, :] < number[:, None]
+        inside_moment = _with_last(tl.sum(moment, 1), tl.sum(last_moment, 0)[None, :], FACTOR)
+        top_moment = tl.load(p_moment + cell) + tl.sum(tl.where(before, tl.sum(own_moment, 0)[None, :], 0), 1)
+        inside_weight = tl.zeros([2 * FACTOR, FACTOR], tl.int32)
+        top_weight = tl.zeros([2 * FACTOR], tl.int32)
+        if not COUNT:
+            inside_weight = _with_last(tl.sum(weight, 1), tl.sum(last_weight, 0)[None, :], FACTOR)
+            top_weight = tl.load(p_weight + cell) + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
+        prefix = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, times)
+        highest, upto_weight, upto_moment = _parts_reached(
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, prefix, inside_weight, inside_moment,
+            top_weight, top_moment, times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
-        number = coarse_bucket * FACTOR + tl.arange(0, FACTOR)
-        place = part[:, None] + n_buckets - 1 - number[None, :]  # [2 * FACTOR, FACTOR]
+        # A column ends where the next one begins.
+        lowest = tl.sum(tl.where(number[None, :] == number[:, None] + 1, highest[None, :], 0), 1)
+        part = column * FACTOR + number
+        here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None])
+        here &= ((number < FACTOR) & (part < n_chunks))[:, None]
+        place = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)[None, :]  # [2 * FACTOR, FACTOR]
         target = row * (n_chunks + n_buckets - 1) + place
         tl.store(p_new_column + target, tl.zeros_like(place) + part[:, None], mask=here)
         tl.store(p_new_weight + target, upto_weight, mask=here)

@@ -255,19 +255,19 @@ def _tables_at_once(
             tl.store(target + (part + step) * k + slot, key, mask=found)
 
 
-def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -> Tensor:
-    """The key in each slot as query ``c * chunk`` finds it, -1 for none: [R, ceil(S / chunk), k] int32."""
+def slot_table(birth: Tensor, death: Tensor, slot: Tensor, table: Tensor, chunk: int) -> None:
+    """The key in each slot as query ``c * chunk`` finds it, -1 for none, into table [R, ceil(S / chunk), k] int32."""
     rows, times = birth.shape
-    n_chunks = cdiv(times, chunk)
+    n_chunks, k = table.shape[1:]
     if rows * n_chunks * times <= _READ_AT_ONCE:
-        table = torch.empty(rows, n_chunks, k, dtype=torch.int32, device=birth.device)
         launch(
             _tables_at_once, (rows, cdiv(n_chunks, _TOGETHER)), (birth, death, slot, table),
-            (times, chunk, n_chunks, k), GROUP=_TOGETHER, BLOCK=_BLOCK, num_warps=8,
+            (times, chunk, n_chunks, k), GROUP=_TOGETHER,
+            BLOCK=max(1024, min(4096, next_power_of_2(times))), num_warps=16,
         )  # fmt: skip
-        return table
+        return
     # Keys come in order, so the newest in a slot is the largest number that was placed in it.
-    table = torch.full((rows, n_chunks, k), -1, dtype=torch.int32, device=birth.device)
+    table.fill_(-1)
     launch(
         _place, (rows, cdiv(times, _BLOCK)), (birth, death, slot, table), (times, chunk, n_chunks, k),
         BLOCK=_BLOCK,
@@ -279,4 +279,3 @@ def slot_table(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk: int) -
     flags = {"GROUP": group, "BLOCK": 64, "num_warps": 2}
     launch(_newest, size, (table, newest), (n_chunks, n_groups, k), **flags)
     launch(_fill, size, (death, table, newest), (times, chunk, n_chunks, n_groups, k), **flags)
-    return table

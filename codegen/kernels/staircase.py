@@ -38,7 +38,7 @@ from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.lattice import outline, refine, table, table_of_many
 from flexsparse.codegen.kernels.launch import launch
-from flexsparse.codegen.kernels.walk import refine_and_walk, walk
+from flexsparse.codegen.kernels.walk import walk
 
 # Chunks of the coarsest lattice, and the comparisons of events with prefixes that its table may take: more chunks save
 # a refinement, but each event is compared with every prefix.
@@ -50,8 +50,6 @@ _MOST_BITS = 3
 _PROGRAMS, _EVENTS_A_LANE = 1024, 32
 # Walkers of one program.
 _LANES = 32
-# The last refinement walks through its cells itself where it has a factor so small and so few programs.
-_WALKED_AT_ONCE, _FEW_CELLS = 4, 1 << 13
 
 
 class Lattices(NamedTuple):
@@ -152,27 +150,21 @@ def crossings(
     shared = (counts if counts is not None else events.place, start, end, unit if unit is not None else events.edge)
     flags = {"COUNT": unit is None, "SEGMENTS": segments is not None}
     lattices = lattices_for(rows, times, size)
-    sizes = _sizes(times, size, lattices)
-    at_once = _walks_at_once(rows, lattices, sizes)
-    levels, columns = _levels(rows, sizes[: len(sizes) - at_once], events.code.device)
+    levels, columns = _levels(rows, times, size, lattices, events.code.device)
     coarse = levels[0]
     _outline(events, shared, flags, coarse, columns, lattices, times, budget)
-    shape, dtype = ((rows, times), torch.int32) if unit is None else ((rows, times, 2), torch.int64)
-    found = torch.empty(shape, dtype=dtype, device=events.code.device)
-    for place, (factor, fine) in enumerate(zip(lattices.factors, sizes[1:], strict=True), 1):
-        warps = max(1, min(8, factor * fine[1] // (32 * _EVENTS_A_LANE)))
+    for factor, fine in zip(lattices.factors, levels[1:], strict=True):
+        warps = max(1, min(8, factor * fine.bucket // (32 * _EVENTS_A_LANE)))
         # A lane takes one event of one part of a cell at a time.
         block = max(2, 32 * warps // factor)
-        last = place == len(levels)
         launch(
-            refine_and_walk if last else refine, (coarse.column.numel(),),
-            (*events, *shared, *coarse.cells, *((found,) if last else levels[place].cells)),
-            (times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine), **flags,
-            FACTOR=factor, BLOCK=block, UNROLL=min(4, cdiv(fine[1], block)), num_warps=warps,
+            refine, (coarse.column.numel(),), (*events, *shared, *coarse.cells, *fine.cells),
+            (times, size, budget, coarse.n_buckets, coarse.column.shape[1], *fine.sizes), **flags,
+            FACTOR=factor, BLOCK=block, UNROLL=min(4, cdiv(fine.bucket, block)), num_warps=warps,
         )  # fmt: skip
-        if last:
-            return Crossings(found)
-        coarse = levels[place]
+        coarse = fine
+    shape, dtype = ((rows, times), torch.int32) if unit is None else ((rows, times, 2), torch.int64)
+    found = torch.empty(shape, dtype=dtype, device=events.code.device)
     n_all = coarse.column.numel()
     launch(
         walk, (cdiv(n_all, _LANES),), (*events, *shared, *coarse.cells, found),
@@ -182,28 +174,25 @@ def crossings(
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(times: int, size: int, lattices: Lattices) -> list[tuple[int, int, int, int]]:
-    """Of every lattice chunk, bucket and the numbers of both."""
-    scales = itertools.accumulate((1, *lattices.factors), operator.mul)
-    shapes = [(lattices.chunk // scale, lattices.bucket // scale) for scale in scales]
-    return [(chunk, bucket, cdiv(times, chunk), cdiv(size, bucket)) for chunk, bucket in shapes]
+def _sizes(rows: int, times: int, size: int, lattices: Lattices) -> list[tuple[int, int, int, int, int]]:
+    """Of every lattice chunk, bucket, the numbers of both, and the room for its cells, a multiple of 32."""
+    found = []
+    for scale in itertools.accumulate((1, *lattices.factors), operator.mul):
+        chunk, bucket = lattices.chunk // scale, lattices.bucket // scale
+        chunks, buckets = cdiv(times, chunk), cdiv(size, bucket)
+        found.append((chunk, bucket, chunks, buckets, 32 * cdiv(rows * (chunks + buckets - 1), 32)))
+    return found
 
 
-def _walks_at_once(rows: int, lattices: Lattices, sizes: list[tuple[int, int, int, int]]) -> bool:
-    """Whether the last refinement walks through its cells, which are then kept nowhere."""
-    if not lattices.factors or lattices.factors[-1] > _WALKED_AT_ONCE:
-        return False
-    _, _, chunks, buckets = sizes[-2]
-    return rows * (chunks + buckets - 1) <= _FEW_CELLS
-
-
-def _levels(rows: int, sizes: list[tuple[int, int, int, int]], device: torch.device) -> tuple[list[Level], Tensor]:
+def _levels(
+    rows: int, times: int, size: int, lattices: Lattices, device: torch.device
+) -> tuple[list[Level], Tensor]:  # fmt: skip
     """Room for the cells of lattices, and all of their columns, unset; each array begins at a multiple of 128 bytes."""
-    lengths = [32 * cdiv(rows * (chunks + buckets - 1), 32) for _, _, chunks, buckets in sizes]
-    column = torch.empty(sum(lengths), dtype=torch.int32, device=device)
+    sizes = _sizes(rows, times, size, lattices)
+    column = torch.empty(sum(length for *_, length in sizes), dtype=torch.int32, device=device)
     weight, moment = torch.empty_like(column), torch.empty_like(column, dtype=torch.int64)
     levels, first = [], 0
-    for (chunk, bucket, n_chunks, n_buckets), length in zip(sizes, lengths, strict=True):
+    for chunk, bucket, n_chunks, n_buckets, length in sizes:
         shape = (rows, n_chunks + n_buckets - 1)
         cells = [x[first : first + shape[0] * shape[1]].view(shape) for x in (column, weight, moment)]
         levels.append(Level(chunk, bucket, n_chunks, n_buckets, *cells))

@@ -1,11 +1,11 @@
-"""Along a staircase through the cells of the finest lattice, one lane a cell, as Triton kernels."""
+"""Along a staircase through the cells of the finest lattice, one lane a cell, as a Triton kernel."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from flexsparse.codegen.kernels.lattice import cells_inside, is_within, limits, own_events
+from flexsparse.codegen.kernels.lattice import is_within, limits, own_events
 
 
 @triton.jit
@@ -37,17 +37,26 @@ def _shifted(taken, first, second, third, fourth):
 
 
 @triton.jit
-def follow(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_result,
-    row, column, number, active, weight, moment, times, events, budget, chunk, bucket,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr,
+def walk(
+    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
+    p_corner_moment, p_result,
+    times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """From the top of a lane's cell and its first prefix: a step takes the next key in, or the event before x out.
 
-    ``column`` and ``number`` are chunk and bucket of the cell, ``weight`` and ``moment`` the sums at its corner. A lane
-    begins one position beyond its cell. Prefixes that reach there belong to a cell above, and are passed without a
-    record; the position itself brings nothing in or out.
+    A lane begins one position beyond its cell. Prefixes that reach there belong to a cell above, and are passed without
+    a record; the position itself brings nothing in or out.
     """
+    n_cells = n_chunks + n_buckets - 1
+    cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    column = tl.load(p_column + cell, mask=cell < n_all, other=-1)
+    active = column >= 0
+    # Lanes beyond the last cell are idle, but look up the unit of a row as all do.
+    cell = tl.minimum(cell, n_all - 1)
+    weight = tl.load(p_corner_weight + cell, mask=active, other=0)
+    moment = tl.load(p_corner_moment + cell, mask=active, other=0)
+    row, number = cell.to(tl.int64) // n_cells, column + n_buckets - 1 - (cell % n_cells)
     top = tl.minimum((number + 1) * bucket, events)
     bottom = tl.where(number == 0, -1, number * bucket)
     stop = tl.minimum((column + 1) * chunk, times)
@@ -125,55 +134,3 @@ def follow(
                 low = tl.where(here, new_low, low)
                 high = tl.where(here, new_high, high)
                 room = tl.where(here, new_room, room)
-
-
-@triton.jit
-def walk(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
-    p_corner_moment, p_result,
-    times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Through the cells that a refinement, or the outline, has kept."""
-    n_cells = n_chunks + n_buckets - 1
-    cell = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    column = tl.load(p_column + cell, mask=cell < n_all, other=-1)
-    active = column >= 0
-    # Lanes beyond the last cell are idle, but look up the unit of a row as all do.
-    cell = tl.minimum(cell, n_all - 1)
-    weight = tl.load(p_corner_weight + cell, mask=active, other=0)
-    moment = tl.load(p_corner_moment + cell, mask=active, other=0)
-    follow(
-        p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_result,
-        cell.to(tl.int64) // n_cells, column, column + n_buckets - 1 - (cell % n_cells), active, weight, moment,
-        times, events, budget, chunk, bucket, COUNT, SEGMENTS,
-    )  # fmt: skip
-
-
-@triton.jit
-def refine_and_walk(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment, p_result,
-    times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """``refine``, and ``walk`` through the cells found: for few cells, whose lanes a launch would leave idle anyway."""
-    cell = tl.program_id(0)
-    column = tl.load(p_column + cell)
-    if column >= 0:
-        row = cell.to(tl.int64) // coarse_cells
-        coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
-        part, here, upto_weight, upto_moment = cells_inside(
-            p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, row, column, coarse_bucket,
-            tl.load(p_weight + cell), tl.load(p_moment + cell), times, events, budget, chunk, bucket, n_chunks,
-            COUNT, SEGMENTS, FACTOR, BLOCK, UNROLL,
-        )  # fmt: skip
-        lanes: tl.constexpr = 2 * FACTOR * FACTOR
-        number = coarse_bucket * FACTOR + tl.arange(0, FACTOR)
-        columns = tl.reshape(tl.broadcast_to(part[:, None], [2 * FACTOR, FACTOR]), [lanes])
-        numbers = tl.reshape(tl.broadcast_to(number[None, :], [2 * FACTOR, FACTOR]), [lanes])
-        follow(
-            p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_result,
-            row + tl.zeros([lanes], tl.int64), columns, numbers, tl.reshape(here, [lanes]),
-            tl.reshape(upto_weight, [lanes]), tl.reshape(upto_moment, [lanes]),
-            times, events, budget, chunk, bucket, COUNT, SEGMENTS,
-        )  # fmt: skip

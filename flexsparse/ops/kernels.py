@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,59 +31,71 @@ _BESIDE = 1 << 21
 _LONGEST_ROW = 1 << 30
 
 
+class Wanted(NamedTuple):
+    """Room for what is wanted of rows; each may be missing, and there is no table without lifetimes."""
+
+    thresholds: Thresholds | None
+    lifetimes: CausalSelection | None
+    table: Tensor | None
+
+    def of(self, rows: slice) -> Wanted:
+        return Wanted(
+            None if self.thresholds is None else Thresholds(*(x[rows] for x in self.thresholds)),
+            None if self.lifetimes is None else CausalSelection(*(x[rows] for x in self.lifetimes)),
+            None if self.table is None else self.table[rows],
+        )
+
+
 def select(
-    u: Tensor, k: int, after: int, segments: Tensor | None, *, thresholds: bool, lifetimes: bool
-) -> tuple[Thresholds | None, CausalSelection | None]:
+    u: Tensor, k: int, after: int, segments: Tensor | None, *, thresholds: bool, lifetimes: bool, chunk: int = 0
+) -> Wanted:
     """Thresholds and lifetimes, as wanted, of the rows u [R, S] (contiguous) with segment ids [R, S] or none.
 
+    With lifetimes, and unless ``chunk`` is 0, the slot table for chunks of so many queries.
     Rows are taken in groups, so that what is needed in between does not grow with their number.
     """
     rows, size = u.shape
     if size > _LONGEST:
         raise ShapeError("u", got=f"{size} scores in a row", expected=f"at most {_LONGEST} on a GPU")
-    found, lived = None, None
+    found, lived, table = None, None, None
     if thresholds:
         made = [u.new_empty(u.shape, dtype=d) for d in (result_dtype(u), torch.int64, torch.int64, torch.int32)]
         found = Thresholds(*made)
     if lifetimes:
         lived = CausalSelection(*(u.new_empty(u.shape, dtype=torch.int32) for _ in range(3)))
+        if chunk:
+            table = u.new_empty((rows, -(-size // chunk), min(k, size)), dtype=torch.int32)
+    wanted = Wanted(found, lived, table)
     together = max(1, _TOGETHER // max(size, 1))
+    if rows <= together:
+        _select_group(u, k, after, segments, wanted, chunk)
+        return wanted
     for first in range(0, rows, together):
         group = slice(first, first + together)
-        _select_group(
-            u[group], k, after, None if segments is None else segments[group],
-            None if found is None else Thresholds(*(x[group] for x in found)),
-            None if lived is None else CausalSelection(*(x[group] for x in lived)),
-        )  # fmt: skip
-    return found, lived
+        _select_group(u[group], k, after, None if segments is None else segments[group], wanted.of(group), chunk)
+    return wanted
 
 
-def _select_group(
-    u: Tensor,
-    k: int,
-    after: int,
-    segments: Tensor | None,
-    thresholds: Thresholds | None,
-    lifetimes: CausalSelection | None,
-) -> None:
-    """As ``select``, into ``thresholds`` and ``lifetimes``."""
+def _select_group(u: Tensor, k: int, after: int, segments: Tensor | None, wanted: Wanted, chunk: int) -> None:
+    """As ``select``, into ``wanted``."""
     size = u.shape[1]
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
     bounds = _bounds(segments)
     grid, keys = _quantized_and_ranked(u, bounds)
+    thresholds, lifetimes, table = wanted
     if thresholds is None or lifetimes is None or not _side_by_side(u):
         if thresholds is not None:
             _find_thresholds(keys, grid, budget, after, bounds, thresholds)
         if lifetimes is not None:
-            _find_lifetimes(keys, grid, budget, after, bounds, lifetimes)
+            _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
         return
     # Side by side: short steps of one alone leave a GPU idle. What the other stream reads is kept until it has joined.
     here = torch.cuda.current_stream(u.device)
     beside = _beside(u.device, here.cuda_stream)
     beside.wait_stream(here)
     with torch.cuda.stream(beside):
-        _find_lifetimes(keys, grid, budget, after, bounds, lifetimes)
+        _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
     _find_thresholds(keys, grid, budget, after, bounds, thresholds)
     here.wait_stream(beside)
 
@@ -115,10 +128,19 @@ def _find_thresholds(
 
 
 def _find_lifetimes(
-    keys: Ranked, grid: Quantized, budget: int, after: int, bounds: tuple[Tensor, Tensor] | None, out: CausalSelection
+    keys: Ranked,
+    grid: Quantized,
+    budget: int,
+    after: int,
+    bounds: tuple[Tensor, Tensor] | None,
+    out: CausalSelection,
+    table: Tensor | None,
+    chunk: int,
 ) -> None:
     found = staircase.crossings(keys.counted, grid.value.shape[1], budget - 1, segments=bounds)
     lifetime_kernels.lifetimes(found.reach, keys.counted.place, grid.alive, grid.counts, budget, after, bounds, out)
+    if table is not None:
+        lifetime_kernels.slot_table(*out, table, chunk)
 
 
 def threshold_gradient(
@@ -155,7 +177,10 @@ def _form(scores: Tensor) -> ModuleType:
 
 def slot_table(found: CausalSelection, k: int, chunk: int) -> Tensor:
     """As ``ops.causal.slot_table``."""
-    return lifetime_kernels.slot_table(*found, k, chunk)
+    rows, size = found.birth.shape
+    table = found.birth.new_empty(rows, -(-size // chunk), k)
+    lifetime_kernels.slot_table(*found, table, chunk)
+    return table
 
 
 def _bounds(segments: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def causal_sparsek(
     ``validate=False`` (then tau is NaN from that position of that row on), and GradientError for a second derivative.
     """
     flat, rows = prepared_rows(u, k, after, segments, validate)
-    tau, _, _, candidates, *_ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, False)
+    tau, _, _, candidates, *_ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, False, 0)
     return CausalThresholds(tau.reshape(u.shape), candidates.reshape(u.shape))
 
 
@@ -49,18 +49,45 @@ def causal_topk(
     (death = birth). Not differentiable: gradients flow through the gates.
     """
     flat, rows = prepared_rows(u, k, after, segments, validate)
-    *_, birth, death, slot = torch.ops.flexsparse.causal_selection(flat, k, after, rows, False, True)
+    *_, birth, death, slot, _ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, False, True, 0)
     return CausalSelection(*(x.reshape(u.shape) for x in (birth, death, slot)))
 
 
+@overload
 def causal_select(
-    u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True
-) -> tuple[CausalThresholds, CausalSelection]:
-    """``causal_sparsek`` and ``causal_topk`` of the same scores, which sorts them once."""
+    u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True, chunk: None = None
+) -> tuple[CausalThresholds, CausalSelection]: ...
+
+
+@overload
+def causal_select(
+    u: Tensor, k: int, after: int = 0, segments: Tensor | None = None, *, validate: bool = True, chunk: int
+) -> tuple[CausalThresholds, CausalSelection, Tensor]: ...
+
+
+def causal_select(
+    u: Tensor,
+    k: int,
+    after: int = 0,
+    segments: Tensor | None = None,
+    *,
+    validate: bool = True,
+    chunk: int | None = None,
+) -> tuple[CausalThresholds, CausalSelection] | tuple[CausalThresholds, CausalSelection, Tensor]:
+    """``causal_sparsek`` and ``causal_topk`` of the same scores, which sorts them once.
+
+    With ``chunk``, at least 1, the ``slot_table`` for chunks of so many queries too; a GPU can make it beside the
+    thresholds.
+    """
+    if chunk is not None:
+        check_integer("chunk", chunk, 1)
     flat, rows = prepared_rows(u, k, after, segments, validate)
-    found = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, True)
+    *found, table = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, True, chunk or 0)
     tau, _, _, candidates, birth, death, slot = (x.reshape(u.shape) for x in found)
-    return CausalThresholds(tau, candidates), CausalSelection(birth, death, slot)
+    thresholds, selection = CausalThresholds(tau, candidates), CausalSelection(birth, death, slot)
+    if chunk is None:
+        return thresholds, selection
+    return thresholds, selection, table.reshape(*u.shape[:-1], *table.shape[1:])
 
 
 def slot_table(selection: CausalSelection, k: int, chunk: int) -> Tensor:
@@ -119,31 +146,41 @@ def check_sorted(name: str, segments: Tensor) -> None:
 
 @torch.library.custom_op("flexsparse::causal_selection", mutates_args=())
 def _selection(
-    u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """tau, floor, ceil, candidates, birth, death, slot of rows [R, S]; what is not wanted is empty."""
+    u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """tau, floor, ceil, candidates, birth, death, slot of rows [R, S], and the slot table of those.
+
+    What is not wanted is empty: the table where ``chunk`` is 0.
+    """
+    table: Tensor | None = None
     if u.is_cuda:
         from flexsparse.ops import kernels
 
-        found, lived = kernels.select(u.contiguous(), k, after, segments, thresholds=thresholds, lifetimes=lifetimes)
+        found, lived, table = kernels.select(
+            u.contiguous(), k, after, segments, thresholds=thresholds, lifetimes=lifetimes, chunk=chunk
+        )
     else:
         ranges = causal.ranges_of(u, after, segments)
         found = causal.thresholds(u, k, ranges) if thresholds else None
         lived = causal.lifetimes(u, k, ranges) if lifetimes else None
-    none = _selection_shapes(u, k, after, segments, False, False)
-    first, second = found or none[:4], lived or none[4:]
-    return (*first, *second)
+        if lived is not None and chunk:
+            table = causal.slot_table(lived, min(k, u.shape[1]), chunk)
+    none = _selection_shapes(u, k, after, segments, False, False, 0)
+    first, second = found or none[:4], lived or none[4:7]
+    return (*first, *second, none[7] if table is None else table)
 
 
 @_selection.register_fake
 def _selection_shapes(
-    u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool
+    u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool, chunk: int
 ) -> tuple[Tensor, ...]:
     some, none = tuple(u.shape), (0,)
     long, short = torch.int64, torch.int32
     first = [u.new_empty(some if thresholds else none, dtype=d) for d in (result_dtype(u), long, long, short)]
     second = [u.new_empty(some if lifetimes else none, dtype=short) for _ in range(3)]
-    return (*first, *second)
+    rows, size = u.shape
+    table = (rows, -(-size // chunk), min(k, size)) if lifetimes and chunk else none
+    return (*first, *second, u.new_empty(table, dtype=short))
 
 
 @torch.library.custom_op("flexsparse::causal_selection_backward", mutates_args=())
@@ -165,7 +202,7 @@ def _selection_backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, _, after, segments, thresholds, _ = inputs
+    u, _, after, segments, thresholds, *_ = inputs
     ctx.after, ctx.thresholds = after, thresholds
     ctx.save_for_backward(u, output[1], output[2], segments)
     ctx.set_materialize_grads(False)
@@ -176,7 +213,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     found = None
     if grad is not None and ctx.thresholds:
         found = torch.ops.flexsparse.causal_selection_backward(grad, u, floor, ceil, ctx.after, segments)
-    return found, None, None, None, None, None
+    return found, None, None, None, None, None, None
 
 
 def _refuse_second(ctx: Any, *_: Any) -> tuple[Any, ...]:
@@ -208,7 +245,7 @@ def _slot_table_shapes(birth: Tensor, death: Tensor, slot: Tensor, k: int, chunk
 
 
 def _mapped_selection(
-    info: Any, in_dims: tuple[Any, ...], u: Tensor, k: int, after: int, segments: Tensor | None, *wanted: bool
+    info: Any, in_dims: tuple[Any, ...], u: Tensor, k: int, after: int, segments: Tensor | None, *wanted: int
 ) -> tuple[Any, Any]:
     """A mapped dimension is a batch dimension like any other: it joins the rows."""
     batch = info.batch_size
@@ -219,8 +256,8 @@ def _mapped_selection(
         )
         segments = segments.flatten(0, 1)
     found = torch.ops.flexsparse.causal_selection(u.flatten(0, 1), k, after, segments, *wanted)
-    made = tuple(x.unflatten(0, u.shape[:2]) if x.dim() == 2 else x for x in found)
-    return made, tuple(0 if x.dim() == 3 else None for x in made)
+    made = tuple(x.unflatten(0, u.shape[:2]) if x.dim() > 1 else x for x in found)
+    return made, tuple(0 if x.dim() > 1 else None for x in made)
 
 
 torch.library.register_vmap(_selection, _mapped_selection)

@@ -26,6 +26,9 @@ _SMALLER: tuple[dict[str, Any], ...] = (
 _KERNEL_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 _TOO_LARGE = ("out of resource", "No valid triton configs", "OutOfResources")
 
+# FlexAttention decodes fewer queries than this with a kernel of its own.
+_DECODED = 128
+
 
 class Launcher:
     """flex_attention for one pattern and one score function, in a frame of its own.
@@ -75,11 +78,11 @@ class Launcher:
             operands = tuple(_dynamic(x, 2) for x in operands)
             lists = tuple(_dynamic(x, *range(2, x.dim())) for x in lists)
         self._call = _describe(shapes, lists, with_lse)
-        divides = _divides(shapes)
+        told = _divides(shapes) | self._without_decoding(shapes)
         while True:
             try:
                 with _dynamo.recompile_limit(self.settings.recompile_budget):
-                    return self.run(operands, lists, *arguments, {**divides, **self.options[0]} or None)
+                    return self.run(operands, lists, *arguments, {**told, **self.options[0]} or None)
             except _dynamo.RECOMPILE_LIMIT_HIT as error:
                 raise self._spent() from error
             except _dynamo.FAILURES as error:
@@ -92,6 +95,15 @@ class Launcher:
                 BackendNotice,
                 stacklevel=2,
             )
+
+    def _without_decoding(self, shapes: Shapes) -> dict[str, Any]:
+        """The kernel for short queries stacks the heads of a KV head, and has no form for more rows than a tile has.
+
+        FlexAttention takes it below 128 queries without asking; read in torch 2.11 and 2.13, met on 2.11.
+        """
+        rows = shapes.q_len * (shapes.heads // shapes.kv_heads)
+        stacked = shapes.device.type == "cuda" and shapes.q_len < _DECODED and rows > self.settings.block_size
+        return {"FORCE_USE_FLEX_ATTENTION": True} if stacked and "BACKEND" not in self.options[0] else {}
 
     def _build(self, graph: Any, inputs: Any) -> Any:
         self.builds.append(self._call)

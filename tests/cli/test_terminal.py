@@ -11,12 +11,15 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
 from tests.cli.conftest import environment, shell
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals and SIGINT are POSIX")
+# A process in the background of a shell's script ignores SIGINT, and hands that on.
+INTERRUPTIBLE: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 
 START = """
 import sys, time
@@ -145,7 +148,9 @@ def test_marks_are_coloured() -> None:
 @posix
 def test_interruption_is_quiet() -> None:
     command = [sys.executable, "-m", "flexsparse", "check", "sparsek(64)", "--length", "1500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **INTERRUPTIBLE
+    )
     assert process.stderr is not None
     # The note is said when the first call runs, so everything is loaded by then.
     assert process.stderr.readline().startswith("note:")
@@ -160,7 +165,9 @@ def test_interruption_leaves_a_whole_file(tmp_path: pathlib.Path) -> None:
     save = tmp_path / "bench.json"
     options = ["--device", "cpu", "--lengths", "32,64,96", "--seconds", "2", "--peers", "sdpa", "--save", str(save)]
     command = [sys.executable, "-m", "flexsparse", "bench", "causal()", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **INTERRUPTIBLE
+    )
     assert process.stdout is not None
     # A line is printed once its row is in the file.
     while "flexsparse " not in (line := process.stdout.readline()) or "this pattern" not in line:

@@ -15,11 +15,23 @@ from tests.ops.regimes import REGIMES, draw
 IDS = torch.tensor([0] * 9 + [1] * 1 + [2] * 30)
 
 
+def test_one_call_gives_the_slot_table_too() -> None:
+    u = torch.randn(2, 3, 50)
+    thresholds, selection, table = causal_select(u, 4, 3, chunk=16)
+    assert table.shape == (2, 3, 4, 4)
+    assert torch.equal(table, slot_table(selection, 4, 16))
+    assert torch.equal(thresholds.tau, causal_sparsek(u, 4, 3).tau)
+    mapped = torch.func.vmap(lambda row: causal_select(row, 4, 3, validate=False, chunk=16)[2])(u)
+    assert torch.equal(mapped, table)
+    with pytest.raises(PatternArgumentError, match="chunk: got 0"):
+        causal_select(u, 4, chunk=0)
+
+
 @pytest.mark.parametrize("segments", [None, IDS.expand(2, 40)])
 def test_operators_pass_torchs_own_checks(segments: Any) -> None:
     u = torch.randn(2, 40, requires_grad=True)
     # The gradient is checked in test_causal; opcheck's own compares it under AOT autograd with the eager one.
-    torch.library.opcheck(torch.ops.flexsparse.causal_selection.default, (u, 5, 2, segments, True, True))
+    torch.library.opcheck(torch.ops.flexsparse.causal_selection.default, (u, 5, 2, segments, True, True, 16))
     _, lived = causal_select(u.detach(), 5, 2, segments)
     torch.library.opcheck(torch.ops.flexsparse.slot_table.default, (*lived, 5, 16))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -66,3 +68,27 @@ def test_warmup_refuses_no_lengths() -> None:
 def test_the_budget_is_checked() -> None:
     with pytest.raises(SettingError, match="recompile_budget: got 0, expected an integer of at least 1"):
         fs.compile("causal", recompile_budget=0)
+
+
+@pytest.mark.parametrize(
+    ("q_len", "heads", "block_size", "options", "told"),
+    [
+        (66, 4, 128, {}, True),
+        (64, 4, 128, {}, False),
+        (1, 64, 128, {}, False),
+        (128, 4, 128, {}, False),
+        (40, 4, 64, {}, True),
+        (66, 4, 128, {"BACKEND": "TRITON"}, False),
+    ],
+)
+def test_short_queries_that_decoding_cannot_stack_take_the_other_kernel(
+    q_len: int, heads: int, block_size: int, options: dict[str, Any], told: bool
+) -> None:
+    from flexsparse.runtime.inputs import Shapes
+    from flexsparse.runtime.launcher import Launcher
+    from flexsparse.settings import Settings
+
+    launcher = Launcher("attend_test", Settings(block_size=block_size, kernel_options=options), "flex")
+    names = {"batch": 1, "heads": heads, "kv_heads": 2, "q_len": q_len, "kv_len": 256, "head_dim": 32}
+    shapes = Shapes(**names, value_dim=32, dtype=torch.float32, device=torch.device("cuda"), needs_grad=False)
+    assert launcher._without_decoding(shapes) == ({"FORCE_USE_FLEX_ATTENTION": True} if told else {})

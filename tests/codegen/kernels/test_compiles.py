@@ -17,7 +17,7 @@ from tests.cross_compiling import ATOMIC, Launches
 
 EXPECTED = {
     *("_extents", "_quantize", "_running_counts", "_merge", "_rank", "_sorted_blocks", "_ranks"),
-    *("table", "table_of_many", "outline", "refine", "refine_and_walk", "walk"),
+    *("table", "table_of_many", "outline", "refine", "walk"),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),
@@ -42,7 +42,7 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: p
     ):
         for segments in (None, torch.zeros(2, size, dtype=torch.long)):
             u = torch.randn(2, size, dtype=dtype)
-            _, lived = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
+            _, lived, _ = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
             assert lived is not None
             table = kernels.slot_table(lived, 40, 16)
             for scores in (None, u.float()):

@@ -32,8 +32,6 @@ SHAPES = [
     (16, 128, (16,), 32, 64),
 ]
 CHOSEN = ("normal", "heavy ties", "position slope", "both infinities", "nearly equal", "gap wider than one")
-# Whose last refinement may walk through its cells itself.
-WALKED = [shape for shape in SHAPES if shape[2] and shape[2][-1] <= 4]
 CASES = [(regime, SHAPES[i % len(SHAPES)], 59) for i, regime in enumerate(CHOSEN)]
 CASES += [("falling", SHAPES[2], 45), ("rising", SHAPES[3], 64), ("all +inf", SHAPES[1], 17), ("normal", SHAPES[3], 1)]
 if not INTERPRETED:
@@ -77,12 +75,9 @@ def cells_of(reach: Tensor, times: int, size: int, chunk: int, bucket: int) -> l
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("count", [False, True])
-@pytest.mark.parametrize(
-    ("regime", "shape", "times", "at_once"),
-    [(*case, False) for case in CASES] + [(*case, True) for case in CASES if case[1] in WALKED],
-)
+@pytest.mark.parametrize(("regime", "shape", "times"), CASES)
 def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
-    regime: str, shape: Any, times: int, at_once: bool, count: bool, segmented: bool, monkeypatch: pytest.MonkeyPatch
+    regime: str, shape: Any, times: int, count: bool, segmented: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flexsparse.codegen.kernels import grid as grids
     from flexsparse.codegen.kernels import staircase
@@ -111,7 +106,6 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
         return found, columns
 
     monkeypatch.setattr(staircase, "_levels", kept)
-    monkeypatch.setattr(staircase, "_FEW_CELLS", 1 << 20 if at_once else 0)
     found = staircase.crossings(events, times, budget, segments=bounds, **given)
     size = events.code.shape[1]
     scale = size // times
@@ -131,7 +125,7 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
         if not count:
             assert found.weight[row].tolist() == wanted.weight[t, wanted.reach[1:]].tolist()
             assert found.moment[row].tolist() == wanted.moment[t, wanted.reach[1:]].tolist()
-        assert len(levels) == 1 + len(lattices.factors) - at_once
+        assert len(levels) == 1 + len(lattices.factors)
         for level in levels:
             chunk, bucket = level.chunk, level.bucket
             path = cells_of(wanted.reach, times, size, chunk, bucket)
