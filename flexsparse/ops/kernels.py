@@ -25,7 +25,7 @@ _LONGEST = 1 << 24
 _ONE_PROGRAM = 8192
 _MANY_ROWS = 64
 # Scores of rows that are worked on together. Fewer would leave a GPU idle, more need room: some 100 bytes a score.
-_TOGETHER = 3 << 20
+_TOGETHER = 2 << 20
 # From so many scores on the host is done before the GPU.
 _BESIDE = 1 << 21
 _LONGEST_ROW = 1 << 30

@@ -88,7 +88,7 @@ def test_short_queries_that_decoding_cannot_stack_take_the_other_kernel(
     from flexsparse.runtime.launcher import Launcher
     from flexsparse.settings import Settings
 
-    launcher = Launcher("attend_test", Settings(block_size=block_size, kernel_options=options), "flex")
+    launcher = Launcher("attend_test", Settings(block_size=block_size, kernel_options=tuple(options.items())), "flex")
     names = {"batch": 1, "heads": heads, "kv_heads": 2, "q_len": q_len, "kv_len": 256, "head_dim": 32}
     shapes = Shapes(**names, value_dim=32, dtype=torch.float32, device=torch.device("cuda"), needs_grad=False)
     assert launcher._without_decoding(shapes) == ({"FORCE_USE_FLEX_ATTENTION": True} if told else {})
