@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.device_interface as _interface
 import torch._inductor.runtime.hints as _hints
 import torch._inductor.utils as _inductor_utils
+import torch._subclasses.fake_tensor as _fake_tensor
 import torch.utils._triton as _has_triton
 
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -109,6 +110,8 @@ def fake_gpu(arch: int, shared_block: int) -> Iterator[None]:
             stack.enter_context(unittest.mock.patch.object(of, name, staticmethod(_always(answer)), create=True))
         if torch.version.cuda is None:
             stack.enter_context(unittest.mock.patch.object(torch.version, "cuda", _CUDA))
+        # A CUDA build would start the device for the first tensor that is said to be there.
+        stack.enter_context(unittest.mock.patch.object(_fake_tensor, "init_gpu_context", _always(None)))
         stack.enter_context(unittest.mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _always(0), create=True))
         for kept, value in (
             (_interface.caching_worker_device_properties, [properties]),
