@@ -1,6 +1,6 @@
 """What Inductor generates from a graph that was captured and differentiated on a CPU, for a CUDA device or that CPU.
 
-The importer of the private names that this takes; all of them are of torch 2.13, and others may lack some.
+The importer of the private names that this takes; all of them are of torch 2.11 and 2.13, and others may lack some.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _below_triton() -> Finding:
 
 def _without_gpu() -> Finding:
     name = "code --stage triton of FlexAttention"
-    if _torch.VERSION >= (2, 13) and triton_version():
-        return Finding(name, Verdict(True, f"Tried with the private names of torch 2.13; this is {torch.__version__}."))
-    why = f"It takes private names of torch 2.13 and triton; this is {torch.__version__}."
+    if _torch.VERSION >= (2, 11) and triton_version():
+        return Finding(name, Verdict(True, f"Tried with torch 2.11 and 2.13; this is {torch.__version__}."))
+    why = f"It takes private names of torch 2.11 or newer, and triton; this is {torch.__version__}."
     return Finding(name, Verdict(False, why), "pip install torch==2.13.0 triton")
