@@ -83,7 +83,7 @@ def ran(expression: str, backend: str, kv_heads: int) -> list[dict[str, Any]]:
 
 
 def _launched(step: Any) -> list[dict[str, Any]]:
-    from flexsparse.runtime import gathered
+    from flexsparse.runtime import gathered, gathered_gradients
 
     found: dict[str, dict[str, Any]] = {}
     real = gathered.launch
@@ -95,11 +95,14 @@ def _launched(step: Any) -> list[dict[str, Any]]:
         found.setdefault(name, _noted(name, pathlib.Path(path).read_text(), given, name != "forward"))
         real(kernel, *arguments, **named)
 
-    gathered.launch = noting
+    modules = (gathered, gathered_gradients)
+    for module in modules:
+        module.launch = noting
     try:
         step()
     finally:
-        gathered.launch = real
+        for module in modules:
+            module.launch = real
     return list(found.values())
 
 

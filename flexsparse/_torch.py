@@ -92,6 +92,19 @@ def autograd_inside() -> Iterator[None]:
         yield
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing but autograd watches what is done with it: no compiler, transform of torch.func, mode, subclass.
+
+    Then a custom operator may be passed by, whose calls take the host longer than short kernels run.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def version_of(tensor: Tensor) -> int:
     """A number that grows with every change in place of the tensor or of what it views."""
     return tensor._version

@@ -219,7 +219,7 @@ class CompiledAttention:
             if traced is not None:
                 return traced if return_lse else traced[0]
         shapes = shapes_of(query, key, value, q_offset)
-        given = with_values(self._node, tensors)
+        given = self._carried | {name: tensor for name, tensor in tensors.items() if tensor is not None}
         inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         shapes = replace(shapes, needs_grad=needs_grad)
@@ -240,6 +240,11 @@ class CompiledAttention:
             self.pattern, query, key, value, scale=factor, return_lse=return_lse, q_offset=q_offset, **given,
             **dict(numbers),
         )  # fmt: skip
+
+    @functools.cached_property
+    def _carried(self) -> dict[str, Tensor]:
+        """The tensors that came with the pattern."""
+        return with_values(self._node, {})
 
     @functools.cached_property
     def within_lengths(self) -> CompiledAttention:

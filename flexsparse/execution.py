@@ -47,11 +47,11 @@ class Runner:
         kept: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """out and lse (perhaps None unless wanted); ``kept`` as ``attend_gathered`` and ``attend_chunked`` take it."""
+        if bound.plan.backend == "gather":
+            return self._gather(bound, scale, operands, kept)
         work, tensors = self.work_of(bound, scale)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors, kept)
-        if bound.plan.backend == "gather":
-            return self._gather(bound, work, operands, tensors, kept)
         recomputed = tuple(self.is_recomputed(name, work.shapes.dtype) for name in work.names)
         offset = work.shapes.q_offset != 0
         launchers = launchers_of(self.node, self.settings, offset, bound.plan.backend)
@@ -80,14 +80,16 @@ class Runner:
     def _gather(
         self,
         bound: Bound,
-        work: Work,
+        scale: float,
         operands: tuple[Tensor, Tensor, Tensor],
-        tensors: tuple[Tensor, ...],
         kept: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        shapes = work.shapes
-        source = gathered_source(self.program)
-        out, lse = attend_gathered(make_call(source, work, bound.buffers, bound.program.selections), *operands, kept)
+        shapes, source = bound.plan.shapes, gathered_source(self.program)
+        call = make_call(source, shapes, bound.tiles, scale, bound.buffers, bound.program.selections)
+        out, lse = attend_gathered(call, *operands, kept)
+        if not self.program.learnable and not self.program.has_sink:
+            return out, lse
+        work, tensors = self.work_of(bound, scale)
         learned = set(self.program.learnable) - self.program.sink_only
         # u and tau get theirs from the kernels, whatever ``deterministic`` says: those add in a fixed order.
         recomputed = tuple(

@@ -48,6 +48,8 @@ class Compiled:
     symbolic: Compiled | None = None
     # The last plan for shapes and settings, and the tiles that it was made for.
     plans: dict[tuple[Shapes, Settings], tuple[Tiles, Plan]] = field(default_factory=dict, compare=False, repr=False)
+    # The backend for shapes and settings.
+    _chosen: dict[tuple[Shapes, Settings], str] = field(default_factory=dict, compare=False, repr=False)
     # What ``numbered`` gave.
     _numbered: dict[Numbers, Compiled] = field(default_factory=dict, compare=False, repr=False)
 
@@ -95,6 +97,15 @@ class Compiled:
         title = f"{self.title}, pairs of one residue modulo {self.residues.modulus}"
         other = f"{self.title}, pairs of two residues modulo {self.residues.modulus}"
         return generate(within, title), None if rest is None else generate(rest, other)
+
+    def backend(self, shapes: Shapes, settings: Settings) -> str:
+        """The backend that ``choose`` chooses. Raises as it does."""
+        found = self._chosen.get((shapes, settings))
+        if found is None:
+            if len(self._chosen) >= _PLANS:
+                self._chosen.clear()
+            found = self._chosen[shapes, settings] = choose(self.program, shapes, settings)[0]
+        return found
 
     def plan(self, shapes: Shapes, settings: Settings, tiles: Tiles, rest: Tiles | None) -> Plan:
         """The plan of a call; made anew where its tiles are."""
@@ -159,10 +170,10 @@ def bind_checked(
 ) -> Bound:
     """``bind_call`` after its checks; ``selected`` is what ``selection_buffers`` gave, where it was asked before."""
     program = compiled.program
-    buffers = make_buffers(program, shapes, captured, operands, selected)
+    read = _tiled(compiled, shapes, settings)
+    buffers = make_buffers(program, shapes, captured, operands, selected, read.chunk)
     if validate:
         refuse_outside(program, shapes, buffers)
-    read = _tiled(compiled, shapes, settings)
     tiles = classify_tiles(read.program, read.shapes, read.settings, buffers, read.rows)
     rest = None if read.rest is None else classify_tiles(read.rest, shapes, settings, buffers)
     return Bound(buffers, tiles, compiled.plan(shapes, settings, tiles, rest), program, rest)
@@ -170,20 +181,24 @@ def bind_checked(
 
 @dataclass(frozen=True)
 class _Tiled:
-    """What a backend reads the tiles of: a program over shapes, the rows behind the keys, and a second program."""
+    """What a backend reads the tiles of: a program over shapes, the rows behind the keys, and a second program.
+
+    ``chunk``: the queries that share a slot table, 0 without one.
+    """
 
     program: Program
     shapes: Shapes
     settings: Settings
     rows: Rows | None = None
     rest: Program | None = None
+    chunk: int = 0
 
 
 def _tiled(compiled: Compiled, shapes: Shapes, settings: Settings) -> _Tiled:
     """What the chosen backend reads the tiles of."""
-    chosen = choose(compiled.program, shapes, settings)[0]
+    chosen = compiled.backend(shapes, settings)
     if chosen == "gather":
-        return _Tiled(compiled.near, shapes, replace(settings, block_size=CHUNK))
+        return _Tiled(compiled.near, shapes, replace(settings, block_size=CHUNK), chunk=CHUNK)
     if chosen in OVER_ROWS:
         rows = rows_of(compiled.program.selections, shapes.kv_len, settings.block_size)
         return _Tiled(compiled.near, shapes, settings, rows)
@@ -225,12 +240,21 @@ def classify_tiles(
         found = classify(mask, sizes, buffers, block=block, device=shapes.device, tables=program.tables)
         return found if rows is None else with_rows(found, rows)
 
-    if any(isinstance(n, Selected | Chosen | Opaque) for n in walk(mask)):
+    names = _names_read(mask)
+    if names is None:
         return make()
-    names = {n.tensor.name for n in walk(mask) if isinstance(n, Load)}
     # Tables are made anew at each call; their numbers are part of the key.
     tensors = {spec.name: buffers[spec.name] for spec in program.tensors if spec.name in names}
     return _TILES.get((mask, program.tables, sizes, block, rows, str(shapes.device)), tensors, make)
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_read(mask: Node) -> frozenset[str] | None:
+    """The captured tensors that decide a mask; None where others do."""
+    nodes = list(walk(mask))
+    if any(isinstance(n, Selected | Chosen | Opaque) for n in nodes):
+        return None
+    return frozenset(n.tensor.name for n in nodes if isinstance(n, Load))
 
 
 _TILES = TileCache()

@@ -23,6 +23,7 @@ from flexsparse.pipeline import Bound, bind_checked, compile_pattern
 from flexsparse.plan import choose
 from flexsparse.runtime.buffers import selection_buffers
 from flexsparse.runtime.inputs import Shapes, check_captured, check_scale, shapes_of, with_values
+from flexsparse.settings import CHUNK
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledAttention
@@ -96,7 +97,7 @@ def attend_traced(
     values = {spec.name: spec.value for spec in program.tensors if spec.value is not None}
     present = values | {name: tensor for name, tensor in given.items() if tensor is not None}
     captured = check_captured(program, shapes, present, validate=False)
-    selected = selection_buffers(program, captured)
+    selected = selection_buffers(program, captured, CHUNK if backend == "gather" else 0)
     tensors = {spec.name: captured[spec.name] for spec in program.tensors} | selected
     out, lse, *_ = torch.ops.flexsparse.attend(
         *operands,

@@ -12,7 +12,6 @@ from flexsparse.codegen.gathered import gathered_source
 from flexsparse.errors import BackendError
 from flexsparse.parser import parse
 from flexsparse.pipeline import bind_call, compile_pattern
-from flexsparse.runtime.chunked import Work
 from flexsparse.runtime.gathered import attend_gathered, make_call
 from flexsparse.runtime.gathered_sizes import FEW_FEATURES, FEW_REGISTERS, KERNELS, Sizes, fitting, sizes_of
 from flexsparse.runtime.inputs import Shapes
@@ -86,9 +85,8 @@ def measure_on_gpu(shapes: Shapes) -> Measure:
     )
     scores = torch.randn(shapes.batch, shapes.kv_heads, shapes.q_len, device=device, requires_grad=True)
     bound = bind_call(program, shapes, {"scores": scores}, Settings(backend="gather"), validate=False)
-    work = Work(shapes, bound.tiles, shapes.head_dim**-0.5, (), {}, program.generated.build)
     source = gathered_source(program.program)
-    call = make_call(source, work, bound.buffers, program.program.selections)
+    call = make_call(source, shapes, bound.tiles, shapes.head_dim**-0.5, bound.buffers, program.program.selections)
     flow = torch.randn(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim, device=device, dtype=dtype)
 
     ahead = torch.randn(_AHEAD, _AHEAD, device=device, dtype=torch.bfloat16)

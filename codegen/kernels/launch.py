@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from flexsparse.codegen.kernels.recording import recorder
+
 # A compiled kernel is started with all of its arguments, constants too, since 3.3; read in 3.6 and 3.9, run with 3.6.
 _DIRECT = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
 # Compiled kernels that one kernel keeps; lengths come and go.
@@ -37,12 +39,16 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, pointers, numbers, **named)
         return
+    active = recorder()
     if not _DIRECT or not isinstance(kernel, triton.runtime.JITFunction):
         kernel[grid](*pointers, *numbers, **named)
+        if active is not None:
+            active.complete = False
         return
     rest = kernel.arg_names[len(pointers) + len(numbers) :]
+    given = (*pointers, *numbers, *[named[name] for name in rest])
     values, kinds, together = [], [], 0
-    for value in (*pointers, *numbers, *[named[name] for name in rest]):
+    for value in given:
         if isinstance(value, Tensor):
             kinds.append(value.dtype)
             value = value.data_ptr()
@@ -52,15 +58,20 @@ def launch(
         values.append(value)
     known = _compiled.setdefault(kernel.fn, {})
     key = (device, *[named.get(option) for option in _OPTIONS], *kinds)
+    whole = (*grid, 1, 1)[:3]
     compiled = known.get(key) if together & 15 == 0 else None
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*values)
-        return
-    compiled = kernel[grid](*pointers, *numbers, **named)
-    if together & 15 == 0 and compiled is not None:
-        if len(known) >= _KEPT:
-            known.clear()
-        known[key] = compiled
+        compiled[whole](*values)
+    else:
+        compiled = kernel[grid](*pointers, *numbers, **named)
+        if together & 15 == 0 and compiled is not None:
+            if len(known) >= _KEPT:
+                known.clear()
+            known[key] = compiled
+    if active is not None and together & 15 == 0 and compiled is not None:
+        active.kernel(compiled[whole], given)
+    elif active is not None:
+        active.complete = False
 
 
 def _device(pointers: tuple[Tensor, ...], named: dict[str, Any]) -> int:

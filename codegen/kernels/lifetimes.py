@@ -167,6 +167,13 @@ def lifetimes(
 
 
 @triton.jit
+def _clear(p_table, size, BLOCK: tl.constexpr):
+    """No key in any slot yet."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_table + at, tl.full([BLOCK], -1, tl.int32), mask=at < size)
+
+
+@triton.jit
 def _place(p_birth, p_death, p_slot, p_table, times, chunk, n_chunks, k, BLOCK: tl.constexpr):
     """Each key at the first chunk that finds it in its slot."""
     row = tl.program_id(0).to(tl.int64)
@@ -267,7 +274,7 @@ def slot_table(birth: Tensor, death: Tensor, slot: Tensor, table: Tensor, chunk:
         )  # fmt: skip
         return
     # Keys come in order, so the newest in a slot is the largest number that was placed in it.
-    table.fill_(-1)
+    launch(_clear, (cdiv(table.numel(), _BLOCK),), (table,), (table.numel(),), BLOCK=_BLOCK)
     launch(
         _place, (rows, cdiv(times, _BLOCK)), (birth, death, slot, table), (times, chunk, n_chunks, k),
         BLOCK=_BLOCK,

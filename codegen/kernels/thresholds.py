@@ -11,6 +11,7 @@ from flexsparse.codegen.kernels.arithmetic import cdiv
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
 from flexsparse.codegen.kernels.launch import launch
+from flexsparse.codegen.kernels.recording import operate
 from flexsparse.codegen.kernels.staircase import Crossings
 
 _BLOCK = 1024
@@ -94,13 +95,13 @@ def thresholds(
 
 @triton.jit
 def _between(
-    p_value, p_alive, p_unit, p_floor, p_ceil, p_end, p_enters, p_leaves, p_change, times, after, steps,
+    p_value, p_alive, p_unit, p_floor, p_ceil, p_end, p_enters, p_leaves, p_at, p_by, p_change, times, after, steps,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The queries [enters, leaves) for which a key is strictly between the kinks, by two binary searches.
 
     And where the number of such keys grows and falls by one for it; beyond the row, each key at an entry of its own,
-    where it does not.
+    where it does not. No number has changed yet.
     """
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -131,8 +132,14 @@ def _between(
     tl.store(p_leaves + row * times + key, leaves, mask=m_key)
     beside = (times + key).to(tl.int64)
     ever = enters < leaves
-    tl.store(p_change + 2 * row * times + key, tl.where(ever, enters, beside), mask=m_key)
-    tl.store(p_change + (2 * row + 1) * times + key, tl.where(ever & (leaves < times), leaves, beside), mask=m_key)
+    first, second = 2 * row * times + key, (2 * row + 1) * times + key
+    tl.store(p_at + first, tl.where(ever, enters, beside), mask=m_key)
+    tl.store(p_at + second, tl.where(ever & (leaves < times), leaves, beside), mask=m_key)
+    one = tl.full([BLOCK], 1, tl.int32)
+    tl.store(p_by + first, one, mask=m_key)
+    tl.store(p_by + second, -one, mask=m_key)
+    tl.store(p_change + first, one - 1, mask=m_key)
+    tl.store(p_change + second, one - 1, mask=m_key)
 
 
 @triton.jit
@@ -190,31 +197,32 @@ def threshold_gradient(
     ceil: Tensor,
     after: int,
     segments: tuple[Tensor, Tensor] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """dL/du [R, S] in ``dtype`` from dL/dtau [R, S]: two binary searches and two running sums, in a fixed order."""
+    grad_u: Tensor,
+) -> None:
+    """dL/du into grad_u [R, S] from dL/dtau [R, S]: two binary searches and two running sums, in a fixed order."""
     rows, times = floor.shape
     device = grad.device
     enters, leaves = (torch.empty(rows, times, dtype=torch.int32, device=device) for _ in range(2))
     end = segments[1] if segments is not None else enters
     n_blocks = cdiv(times, _BLOCK)
     size = (rows, n_blocks)
-    at = torch.empty(rows, 2, times, dtype=torch.int64, device=device)
+    at = torch.empty(rows, 2 * times, dtype=torch.int64, device=device)
+    by, change = (torch.empty(rows, 2 * times, dtype=torch.int32, device=device) for _ in range(2))
     launch(
-        _between, size, (grid.value, grid.alive, grid.unit, floor, ceil, end, enters, leaves, at),
+        _between, size, (grid.value, grid.alive, grid.unit, floor, ceil, end, enters, leaves, at, by, change),
         (times, after, times.bit_length()), SEGMENTS=segments is not None, BLOCK=_BLOCK,
     )  # fmt: skip
-    # Whole numbers add up to the same in any order.
-    change = torch.zeros(rows, 2 * times, dtype=torch.int32, device=device)
-    for part, by in ((at[:, 0], 1), (at[:, 1], -1)):
-        change.scatter_add_(1, part, torch.full((), by, dtype=torch.int32, device=device).expand_as(enters))
+    operate(_add, change, at, by)
     blocks = torch.empty(rows, n_blocks, dtype=torch.int32, device=device)
     totals = torch.empty(rows, n_blocks, dtype=torch.float64, device=device)
     share = torch.empty(rows, times, dtype=torch.float64, device=device)
     running = torch.empty(rows, times + 1, dtype=torch.float64, device=device)
-    grad_u = torch.empty(rows, times, dtype=dtype, device=device)
     launch(_share_blocks, size, (change, blocks), (times, n_blocks), BLOCK=_BLOCK)
     launch(_shares, size, (grad, change, blocks, share, totals), (times, n_blocks), BLOCK=_BLOCK)
     launch(_running, size, (share, totals, running), (times, n_blocks), BLOCK=_BLOCK)
     launch(_difference, size, (running, enters, leaves, grad_u), (times,), BLOCK=_BLOCK)
-    return grad_u
+
+
+def _add(change: Tensor, at: Tensor, by: Tensor) -> None:
+    # Whole numbers add up to the same in any order.
+    change.scatter_add_(1, at, by)

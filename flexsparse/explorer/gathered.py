@@ -19,7 +19,8 @@ from flexsparse.explorer.targets import Target
 from flexsparse.ir.program import Program
 from flexsparse.plan import Plan
 from flexsparse.runtime.buffers import make_buffers
-from flexsparse.runtime.gathered import GatheredCall, attend_gathered, call_sizes
+from flexsparse.runtime.gathered import attend_gathered, call_sizes, tables_of
+from flexsparse.runtime.gathered_arguments import GatheredCall
 from flexsparse.runtime.gathered_sizes import KERNELS, sizes_of
 from flexsparse.runtime.inputs import check_captured
 from flexsparse.settings import CHUNK
@@ -50,7 +51,7 @@ def gathered_kernels(program: Program, source: GatheredSource, plan: Plan, targe
     recorder = _Recorder(source.text, target)
     ks, afters = call_sizes(program.selections, shapes)
     sizes = {kernel: sizes_of(kernel, shapes, target.shared_block) for kernel in KERNELS}
-    call = _RecordedCall(source, shapes, 1.0, values, _lists(plan), ks, afters, sizes, recorder)
+    call = _RecordedCall(source, shapes, 1.0, values, tables_of(values, ks), _lists(plan), ks, afters, sizes, recorder)
     query, key, value = (
         torch.empty(shapes.batch, heads, length, dim, dtype=shapes.dtype, device=_META, requires_grad=True)
         for heads, length, dim in (

@@ -147,6 +147,17 @@ class Apply(Node):
     op: str
     args: tuple[Node, ...]
 
+    # Asked for at every call, and the same for as long as the process lives: expressions are deep.
+    def __hash__(self) -> int:
+        found: int | None = self.__dict__.get("_hash")
+        if found is None:
+            found = hash((Apply, self.op, self.args))
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"op": self.op, "args": self.args}
+
     @property
     def kind(self) -> Kind:
         return OPERATIONS[self.op].result(tuple(a.kind for a in self.args))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from flexsparse.codegen.kernels import long_rows, rows, short_rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
 from flexsparse.codegen.kernels.events import Ranked, merged_events, ranked
 from flexsparse.codegen.kernels.grid import Quantized
+from flexsparse.codegen.kernels.recording import Aside, operate, repeated
 from flexsparse.errors import ShapeError
 from flexsparse.ops.causal import CausalSelection, Thresholds, bounds_of
 from flexsparse.ops.projection import Projected, result_dtype
@@ -37,6 +37,10 @@ class Wanted(NamedTuple):
     thresholds: Thresholds | None
     lifetimes: CausalSelection | None
     table: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(self.thresholds or ()), *(self.lifetimes or ()), *(() if self.table is None else (self.table,))]
 
     def of(self, rows: slice) -> Wanted:
         return Wanted(
@@ -66,38 +70,42 @@ def select(
         if chunk:
             table = u.new_empty((rows, -(-size // chunk), min(k, size)), dtype=torch.int32)
     wanted = Wanted(found, lived, table)
+    bounds = _bounds(segments)
     together = max(1, _TOGETHER // max(size, 1))
     if rows <= together:
-        _select_group(u, k, after, segments, wanted, chunk)
+        _select_group(u, k, after, bounds, wanted, chunk)
         return wanted
     for first in range(0, rows, together):
         group = slice(first, first + together)
-        _select_group(u[group], k, after, None if segments is None else segments[group], wanted.of(group), chunk)
+        within = None if bounds is None else (bounds[0][group], bounds[1][group])
+        _select_group(u[group], k, after, within, wanted.of(group), chunk)
     return wanted
 
 
-def _select_group(u: Tensor, k: int, after: int, segments: Tensor | None, wanted: Wanted, chunk: int) -> None:
+def _select_group(
+    u: Tensor, k: int, after: int, bounds: tuple[Tensor, Tensor] | None, wanted: Wanted, chunk: int
+) -> None:  # fmt: skip
     """As ``select``, into ``wanted``."""
     size = u.shape[1]
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
-    bounds = _bounds(segments)
-    grid, keys = _quantized_and_ranked(u, bounds)
-    thresholds, lifetimes, table = wanted
-    if thresholds is None or lifetimes is None or not _side_by_side(u):
+    key = ("select", budget, after, chunk, bounds is None, *[x is None for x in wanted])
+    two = _side_by_side(u) and None not in wanted[:2]
+
+    def run() -> None:
+        grid, keys = _quantized_and_ranked(u, bounds)
+        thresholds, lifetimes, table = wanted
+        # Side by side: short steps of one alone leave a GPU idle.
+        beside = Aside(u.device, wanted=two)
+        if lifetimes is not None:
+            with beside.begun():
+                _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
         if thresholds is not None:
             _find_thresholds(keys, grid, budget, after, bounds, thresholds)
-        if lifetimes is not None:
-            _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
-        return
-    # Side by side: short steps of one alone leave a GPU idle. What the other stream reads is kept until it has joined.
-    here = torch.cuda.current_stream(u.device)
-    beside = _beside(u.device, here.cuda_stream)
-    beside.wait_stream(here)
-    with torch.cuda.stream(beside):
-        _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
-    _find_thresholds(keys, grid, budget, after, bounds, thresholds)
-    here.wait_stream(beside)
+        # What the other stream reads is kept until it has joined.
+        beside.join()
+
+    repeated(key, [u, *(bounds or ())], wanted.tensors, run, two_streams=two)
 
 
 def _quantized_and_ranked(u: Tensor, bounds: tuple[Tensor, Tensor] | None) -> tuple[Quantized, Ranked]:
@@ -110,12 +118,6 @@ def _quantized_and_ranked(u: Tensor, bounds: tuple[Tensor, Tensor] | None) -> tu
 def _side_by_side(u: Tensor) -> bool:
     """Whether two streams spare time: a graph has them for nothing, a host takes longer than short rows run."""
     return u.is_cuda and (u.numel() >= _BESIDE or torch.cuda.is_current_stream_capturing())
-
-
-@functools.lru_cache(maxsize=64)
-def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """A stream for what may run beside the work of ``stream``, each of which has one of its own."""
-    return torch.cuda.Stream(device)
 
 
 def _find_thresholds(
@@ -147,8 +149,15 @@ def threshold_gradient(
     grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None
 ) -> Tensor:
     """dL/du [R, S] in u's dtype from dL/dtau [R, S]."""
-    grid, after = grids.quantize(u, counted=False), min(after, u.shape[1])
-    return threshold_kernels.threshold_gradient(grad.contiguous(), grid, floor, ceil, after, _bounds(segments), u.dtype)
+    after, bounds = min(after, u.shape[1]), _bounds(segments)
+    grad, found = grad.contiguous(), torch.empty_like(u)
+
+    def run() -> None:
+        grid = grids.quantize(u, counted=False)
+        threshold_kernels.threshold_gradient(grad, grid, floor, ceil, after, bounds, found)
+
+    repeated(("gradient", after), [grad, u, floor, ceil, *(bounds or ())], [found], run)
+    return found
 
 
 def project(z: Tensor, k: int) -> Projected:
@@ -195,9 +204,20 @@ def _order(score: Tensor, bounds: tuple[Tensor, Tensor] | None) -> tuple[Tensor,
 
     The scores are without NaN.
     """
-    by_score, order = score.sort(dim=1, descending=True, stable=True)
+    by_score, order = torch.empty_like(score), torch.empty_like(score, dtype=torch.int64)
     if bounds is None:
-        return order, by_score
-    start = bounds[0].gather(1, order)
-    order = order.gather(1, start.sort(dim=1, descending=True, stable=True).indices)
-    return order, score.gather(1, order)
+        operate(_sort, score, by_score, order)
+    else:
+        operate(_sort_by_segment, score, bounds[0], by_score, order)
+    return order, by_score
+
+
+def _sort(score: Tensor, by_score: Tensor, order: Tensor) -> None:
+    torch.sort(score, dim=1, descending=True, stable=True, out=(by_score, order))
+
+
+def _sort_by_segment(score: Tensor, start: Tensor, by_score: Tensor, order: Tensor) -> None:
+    _sort(score, by_score, order)
+    by_start = start.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    order.copy_(order.gather(1, by_start))
+    torch.gather(score, 1, order, out=by_score)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from flexsparse._torch import is_plain
 from flexsparse.errors import DtypeError, GradientError, SegmentError, ShapeError
 from flexsparse.ops import causal
 from flexsparse.ops.causal import CausalSelection
@@ -35,7 +36,7 @@ def causal_sparsek(
     ``validate=False`` (then tau is NaN from that position of that row on), and GradientError for a second derivative.
     """
     flat, rows = prepared_rows(u, k, after, segments, validate)
-    tau, _, _, candidates, *_ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, False, 0)
+    tau, _, _, candidates, *_ = _selected(flat, k, after, rows, True, False, 0)
     return CausalThresholds(tau.reshape(u.shape), candidates.reshape(u.shape))
 
 
@@ -49,7 +50,7 @@ def causal_topk(
     (death = birth). Not differentiable: gradients flow through the gates.
     """
     flat, rows = prepared_rows(u, k, after, segments, validate)
-    *_, birth, death, slot, _ = torch.ops.flexsparse.causal_selection(flat, k, after, rows, False, True, 0)
+    *_, birth, death, slot, _ = _selected(flat, k, after, rows, False, True, 0)
     return CausalSelection(*(x.reshape(u.shape) for x in (birth, death, slot)))
 
 
@@ -82,7 +83,7 @@ def causal_select(
     if chunk is not None:
         check_integer("chunk", chunk, 1)
     flat, rows = prepared_rows(u, k, after, segments, validate)
-    *found, table = torch.ops.flexsparse.causal_selection(flat, k, after, rows, True, True, chunk or 0)
+    *found, table = _selected(flat, k, after, rows, True, True, chunk or 0)
     tau, _, _, candidates, birth, death, slot = (x.reshape(u.shape) for x in found)
     thresholds, selection = CausalThresholds(tau, candidates), CausalSelection(birth, death, slot)
     if chunk is None:
@@ -144,8 +145,20 @@ def check_sorted(name: str, segments: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("flexsparse::causal_selection", mutates_args=())
-def _selection(
+_Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _selected(u: Tensor, *arguments: Any) -> _Eight:
+    """The operator of these arguments, with gradients."""
+    found: _Eight
+    if is_plain(u):
+        found = _Selection.apply(u, *arguments)
+    else:
+        found = torch.ops.flexsparse.causal_selection(u, *arguments)
+    return found
+
+
+def _select(
     u: Tensor, k: int, after: int, segments: Tensor | None, thresholds: bool, lifetimes: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """tau, floor, ceil, candidates, birth, death, slot of rows [R, S], and the slot table of those.
@@ -165,9 +178,14 @@ def _selection(
         lived = causal.lifetimes(u, k, ranges) if lifetimes else None
         if lived is not None and chunk:
             table = causal.slot_table(lived, min(k, u.shape[1]), chunk)
+    if found is not None and lived is not None and table is not None:
+        return (*found, *lived, table)
     none = _selection_shapes(u, k, after, segments, False, False, 0)
     first, second = found or none[:4], lived or none[4:7]
     return (*first, *second, none[7] if table is None else table)
+
+
+_selection = torch.library.custom_op("flexsparse::causal_selection", _select, mutates_args=())
 
 
 @_selection.register_fake
@@ -183,15 +201,15 @@ def _selection_shapes(
     return (*first, *second, u.new_empty(table, dtype=short))
 
 
-@torch.library.custom_op("flexsparse::causal_selection_backward", mutates_args=())
-def _selection_backward(
-    grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None
-) -> Tensor:
+def _gradient(grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None) -> Tensor:
     if u.is_cuda:
         from flexsparse.ops import kernels
 
         return kernels.threshold_gradient(grad, u.contiguous(), floor, ceil, after, segments)
     return causal.threshold_gradient(grad, u, floor, ceil, causal.ranges_of(u, after, segments))
+
+
+_selection_backward = torch.library.custom_op("flexsparse::causal_selection_backward", _gradient, mutates_args=())
 
 
 @_selection_backward.register_fake
@@ -212,7 +230,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     u, floor, ceil, segments = ctx.saved_tensors
     found = None
     if grad is not None and ctx.thresholds:
-        found = torch.ops.flexsparse.causal_selection_backward(grad, u, floor, ceil, ctx.after, segments)
+        # The operator refuses a second derivative.
+        direct = is_plain(grad) and not torch.is_grad_enabled()
+        run = _gradient if direct else torch.ops.flexsparse.causal_selection_backward
+        found = run(grad, u, floor, ceil, ctx.after, segments)
     return found, None, None, None, None, None, None
 
 
@@ -223,6 +244,19 @@ def _refuse_second(ctx: Any, *_: Any) -> tuple[Any, ...]:
         expected="first derivatives only",
         mend="The gradient is constant between the kinks of tau: detach it, or use create_graph=False.",
     )
+
+
+class _Selection(torch.autograd.Function):
+    """The operator where nothing but autograd sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> _Eight:
+        output = _select(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    backward = staticmethod(_backward)
 
 
 _selection.register_autograd(_backward, setup_context=_save)

@@ -18,11 +18,9 @@ from flexsparse.ops.blocks import choose_blocks
 from flexsparse.ops.capped_softmax import causal_capped_softmax
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import causal_select, causal_topk
+from flexsparse.runtime.gate_inputs import gate_inputs
 from flexsparse.runtime.inputs import Shapes, refuse_beyond_keys
 from flexsparse.runtime.numbers import as_argument
-
-# Stand-ins for infinities: differences of these are finite or saturate, and never become NaN.
-_SCORE_FAR, _TAU_LOW, _TAU_HIGH = 3.0e38, -3.4e38, 1.5e38
 
 
 def make_buffers(
@@ -31,11 +29,13 @@ def make_buffers(
     captured: Mapping[str, Tensor],
     operands: tuple[Tensor, Tensor] | None = None,
     selected: Mapping[str, Tensor] | None = None,
+    chunk: int = 0,
 ) -> dict[str, Any]:
     """Every value that ``Generated.build`` may ask for, by name.
 
     ``operands`` are query [B, H, S_q, D] and key [B, H_kv, S_kv, D], from which blocks are chosen; ``selected`` is
-    what ``selection_buffers`` gave, where it was asked before. Without it scores are read from ``captured``.
+    what ``selection_buffers`` gave, where it was asked before. Without it scores are read from ``captured``; ``chunk``
+    is that of ``selection_buffers``.
     Raises ExpressionError where the pattern needs them and they are not given, ShapeError for queries beyond the keys.
     """
     real = torch.float64 if shapes.dtype is torch.float64 else torch.float32
@@ -44,7 +44,7 @@ def make_buffers(
         dtype = torch.int64 if all(isinstance(v, int) for v in values) else real
         buffers[table_name(number)] = torch.tensor(values, dtype=dtype, device=shapes.device)
     _check_per_head(program, shapes.heads)
-    buffers |= selection_buffers(program, captured) if selected is None else selected
+    buffers |= selection_buffers(program, captured, chunk) if selected is None else selected
     buffers |= dict(program.numbers)
     if program.numbers:
         buffers[ARGUMENT] = functools.partial(as_argument, real=real, device=shapes.device)
@@ -59,11 +59,14 @@ def make_buffers(
     return buffers
 
 
-def selection_buffers(program: Program, captured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the selections of a program become by its scores: lifetimes, slots, and what their gates read."""
+def selection_buffers(program: Program, captured: Mapping[str, Tensor], chunk: int = 0) -> dict[str, Tensor]:
+    """What the selections of a program become by its scores: lifetimes, slots, and what their gates read.
+
+    Unless ``chunk`` is 0, slot tables for chunks of so many queries too, where they cost less beside a selection.
+    """
     buffers: dict[str, Tensor] = {}
     for number in range(len(program.selections)):
-        buffers |= _selection(program, number, captured)
+        buffers |= _selection(program, number, captured, chunk)
     return buffers
 
 
@@ -87,7 +90,7 @@ def _check_per_head(program: Program, heads: int) -> None:
             )
 
 
-def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _selection(program: Program, number: int, captured: Mapping[str, Tensor], chunk: int) -> dict[str, Tensor]:
     selection = program.selections[number]
     scores = captured[selection.scores]
     segments = None
@@ -101,16 +104,14 @@ def _selection(program: Program, number: int, captured: Mapping[str, Tensor]) ->
         return _lifetimes(number, chosen)
     if selection.gate == "capped_softmax":
         tau, count = causal_capped_softmax(scores, selection.k, **arguments)
-        chosen = causal_topk(scores, selection.k, **arguments)
+        made = _lifetimes(number, causal_topk(scores, selection.k, **arguments))
+    elif chunk:
+        (tau, count), chosen, table = causal_select(scores, selection.k, **arguments, chunk=chunk)
+        made = _lifetimes(number, chosen) | {f"slots_{number}": table}
     else:
         (tau, count), chosen = causal_select(scores, selection.k, **arguments)
-    made = _lifetimes(number, chosen)
-    real = tau.dtype
-    # A selected gate is at least 1 / (n - k + 1). Half of that leaves room for the rounding of u - tau,
-    # so that a gate which sits exactly on the bound (k = 1, equal scores) keeps its gradient.
-    least = 0.5 / (count - selection.k + 1).clamp(min=1).to(real)
-    u = scores.to(real).nan_to_num(nan=torch.nan, posinf=_SCORE_FAR, neginf=-_SCORE_FAR)
-    tau = tau.nan_to_num(nan=torch.nan, posinf=_TAU_HIGH, neginf=_TAU_LOW)
+        made = _lifetimes(number, chosen)
+    u, tau, least = gate_inputs(scores, tau, count, selection.k)
     made |= {f"u_{number}": u, f"tau_{number}": tau, f"least_{number}": least}
     if f"u_{number}_fixed" in selection_arguments(program, number):
         made |= {f"u_{number}_fixed": u.detach(), f"tau_{number}_fixed": tau.detach()}

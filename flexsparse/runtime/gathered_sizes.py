@@ -25,7 +25,7 @@ _LEAST_SHARED = 101_376
 # From the fastest on; the first that fits is taken. With few registers three blocks share a multiprocessor rather than
 # two, which pays for rows of up to 128 features; where a third stage would cost a block its place, it is not taken.
 FEW_REGISTERS, FEW_FEATURES = 168, 128
-_BLOCKS = 3
+_BLOCKS = {"forward": 3, "query": 3, "key": 2, "slot": 2}
 _TRIED = {
     "forward": (
         *(Sizes(CHUNK, 32, 4, 3, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2)),
@@ -35,9 +35,16 @@ _TRIED = {
         *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2)),
         *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
-    "key": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
+    "key": (
+        *(Sizes(32, 64, 4, 3), Sizes(32, 64, 4, 2)),
+        *(Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
+    ),
     "slot": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
 }
+# Queries from which on a block of 64 slots, at 128 features, spends less on changes than one of 32 on reading twice:
+# measured at 16,384 and 65,536, and at 64 features at 16,384. Whatever k is, a block changes every position / 64
+# queries, and what a change costs grows with the features.
+_LONG, _AT_FEATURES = 49_152, 128
 # Products of float32 are not those of tensor cores: smaller tiles compile in seconds rather than in half a minute.
 _TRIED_WIDE = {
     **dict.fromkeys(("forward", "query"), (Sizes(CHUNK, 32, 8, 1), Sizes(CHUNK, 16, 8, 1))),
@@ -57,10 +64,10 @@ def sizes_of(kernel: str, shapes: Shapes, limit: int | None = None) -> Sizes:
 
 @functools.lru_cache(maxsize=1024)
 def _fastest(kernel: str, shapes: Shapes, limit: int, tuned: Sizes | None) -> Sizes:
-    tried = (_TRIED_WIDE if shapes.dtype is torch.float32 else _TRIED)[kernel]
+    tried = _TRIED_WIDE[kernel] if shapes.dtype is torch.float32 else (*_special(kernel, shapes), *_TRIED[kernel])
     if max(shapes.head_dim, shapes.value_dim) > FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
-    tried = tuple(s for s in tried if s.stages < 3 or _BLOCKS * shared_bytes(kernel, s, shapes) <= limit)
+    tried = tuple(s for s in tried if s.stages < 3 or _BLOCKS[kernel] * shared_bytes(kernel, s, shapes) <= limit)
     found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes, limit)
     if not found:
         raise BackendError(
@@ -70,6 +77,16 @@ def _fastest(kernel: str, shapes: Shapes, limit: int, tuned: Sizes | None) -> Si
             mend="Use backend='flex' or a smaller head_dim.",
         )
     return found[0]
+
+
+def _special(kernel: str, shapes: Shapes) -> tuple[Sizes, ...]:
+    """What is faster for narrow rows or short sequences."""
+    widest = max(shapes.head_dim, shapes.value_dim)
+    if kernel == "key" and widest <= 64:
+        return (Sizes(64, 64, 4, 2),)
+    if kernel == "slot" and shapes.q_len * _AT_FEATURES**2 < _LONG * widest**2:
+        return Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2)
+    return ()
 
 
 def fitting(kernel: str, tried: tuple[Sizes, ...], shapes: Shapes, limit: int | None = None) -> list[Sizes]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import flexsparse as fs
+from flexsparse.codegen.kernels import recording
 from flexsparse.language import b, captured, kv, per_head, q, topk, where
-from flexsparse.runtime import gathered
+from flexsparse.runtime import gathered, gathered_gradients
 from flexsparse.tolerance import evaluate
 from tests.gathered.calls import COMPOSITIONS, DEVICE, call_of, failures
 from tests.runtime.compositions import CAUSAL, P
@@ -86,7 +87,8 @@ def test_what_is_printed_into_the_kernels_means_what_it_says(name: str) -> None:
 @pytest.mark.parametrize("regime", ["random", "rising", "falling"])
 def test_spans_of_chunks_add_up(busy: int, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that leave their slot within a span, stay through it, or stay through several."""
-    monkeypatch.setattr(gathered, "_BUSY", busy)
+    monkeypatch.setattr(gathered_gradients, "_BUSY", busy)
+    monkeypatch.setattr(recording, "_recordings", {})
     call = call_of(HYBRID, 330, batch=1, heads=1, kv_heads=1)
     if regime != "random":
         call.captured["scores"].copy_(call.captured["scores"].sort(descending=regime == "falling").values)
@@ -196,7 +198,9 @@ def test_operands_with_heads_behind_positions_are_read_where_they_are(
             read[name].add(named[name].data_ptr())
         launch(kernel, grid, **named)
 
-    monkeypatch.setattr(gathered, "launch", watched)
+    for module in (gathered, gathered_gradients):
+        monkeypatch.setattr(module, "launch", watched)
+    monkeypatch.setattr(recording, "_recordings", {})
     attention: Any = fs.compile(HYBRID, backend="gather")
     out = attention(*(x.transpose(1, 2) for x in held), **call.captured)
     torch.autograd.backward(out.transpose(1, 2), flow)

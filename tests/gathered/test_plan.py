@@ -15,8 +15,8 @@ from flexsparse.errors import BackendError
 from flexsparse.ir.nodes import FALSE
 from flexsparse.ir.program import program_text
 from flexsparse.runtime import gathered_sizes
-from flexsparse.runtime.gathered import next_changes
 from flexsparse.runtime.inputs import Shapes
+from flexsparse.runtime.next_changes import next_changes
 
 HYBRID = "sliding_window(512) | sparsek(512, after=512)"
 ON_GPU: dict[str, Any] = {"q_len": 4096, "head_dim": 128, "heads": 16, "device": "cuda"}

@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 
 from flexsparse import files, tuning
 from flexsparse.errors import BackendError, BackendNotice
-from flexsparse.runtime import gathered, gathered_sizes, tuned
+from flexsparse.runtime import gathered, gathered_gradients, gathered_sizes, tuned
 from flexsparse.runtime.gathered_sizes import KERNELS, Sizes, sizes_of
 from flexsparse.runtime.inputs import Shapes
 
@@ -163,7 +163,7 @@ def test_a_search_finds_the_fastest_that_can_be_built() -> None:
     best, trials = tuning.search(SHAPES, measure, said.append)
     assert best["forward"] == best["query"] == Sizes(64, 64, 8, 1)
     assert best["key"] == Sizes(16, 64, 8, 1)
-    assert best["slot"] == gathered_sizes._TRIED["slot"][0], "the sizes of today win a tie"
+    assert best["slot"] == sizes_of("slot", SHAPES), "the sizes of today win a tie"
     assert len(trials) == len(said) == tuning.count([SHAPES])
     assert len({(trial.kernel, trial.sizes) for trial in trials}) == len(trials)
 
@@ -192,13 +192,14 @@ def test_a_measurement_runs_the_kernel_with_the_sizes_in_question(monkeypatch: p
         monkeypatch.setattr(tuning, "_AHEAD", 8)
     monkeypatch.setattr(tuning, "_REPEATS", 1)
     ran: list[tuple[int, int]] = []
-    constants = gathered._constants
+    constants = gathered.constants_of  # type: ignore[attr-defined]
 
     def seen(sizes: Sizes, shapes: Shapes) -> Any:
         ran.append((sizes.queries, sizes.keys))
         return constants(sizes, shapes)
 
-    monkeypatch.setattr(gathered, "_constants", seen)
+    for module in (gathered, gathered_gradients):
+        monkeypatch.setattr(module, "constants_of", seen)
     where = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     measure = tuning.measure_on_gpu(Shapes(1, 2, 1, 70, 70, 16, 16, torch.float16, where, needs_grad=True))
     assert 0 <= measure("forward", Sizes(64, 32, 4, 1)) < math.inf

@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
+from flexsparse.codegen.kernels.gate_inputs import gate_input_gradients, gate_inputs
+from flexsparse.codegen.kernels.next_changes import next_changes
 from flexsparse.codegen.kernels.slot_records import slot_records
 from flexsparse.codegen.kernels.slot_sums import add_slot_sums
 from flexsparse.explorer.targets import find_target
@@ -22,6 +24,7 @@ EXPECTED = {
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),
     *("_flow_sums", "_flow_of_parts"),
     *("_deaths", "_links", "_follow", "_place", "_newest", "_fill", "_tables_at_once", "_slot_sums", "_records"),
+    *("_clear", "_next_changes", "_gate_inputs", "_flow"),
 }
 
 
@@ -45,6 +48,11 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: p
             _, lived, _ = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
             assert lived is not None
             table = kernels.slot_table(lived, 40, 16)
+            next_changes(table, 32)
+            if dtype is not torch.float64:
+                tau, count = u.float(), torch.zeros(2, size, dtype=torch.int32)
+                bounded = gate_inputs(u, tau, count, 40, 3e38, -3e38, 1e38)
+                gate_input_gradients(u, tau, *bounded[:2])
             for scores in (None, u.float()):
                 slot_records(table, lived.death, scores, 16)
             points = torch.zeros(2, size, dtype=torch.long)

@@ -127,6 +127,45 @@ def test_records_say_key_stay_and_score_of_every_slot(size: int, k: int, after: 
     assert (wanted[table < 0] == 0).all()
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("chunks", "k", "block"), [(1, 1, 16), (5, 40, 32), (300, 20, 16), (513, 70, 64)])
+def test_the_next_change_of_every_block_of_slots(chunks: int, k: int, block: int) -> None:
+    from flexsparse.codegen.kernels.next_changes import next_changes
+    from flexsparse.runtime import next_changes as forms
+
+    generator = torch.Generator().manual_seed(chunks)
+    # Few changes, so that they are far apart.
+    steps = (torch.rand(2, chunks, k, generator=generator) < 0.3 / k).int().cumsum(1)
+    table = torch.where(steps > 2, -1, steps).int()
+    found = next_changes(table.to(DEVICE), block).cpu()
+    assert torch.equal(found, forms.next_changes(table, block))
+    for row, part, chunk in torch.cartesian_prod(*(torch.arange(n) for n in found.shape)).tolist()[::7]:
+        slots = table[row, :, part * block : (part + 1) * block]
+        later = [c for c in range(chunk + 1, chunks) if not torch.equal(slots[c], slots[c - 1])]
+        assert found[row, part, chunk] == min([*later, chunks, (chunk // 256 + 1) * 256])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_gates_read_is_bounded_and_its_gradient_is_that_of_finite_numbers(dtype: torch.dtype) -> None:
+    from flexsparse.codegen.kernels.gate_inputs import gate_input_gradients, gate_inputs
+    from flexsparse.runtime import gate_inputs as forms
+
+    values = [-torch.inf, torch.inf, torch.nan, 0.0, -3.5, 1e30]
+    u, tau = (x.flatten().clone() for x in torch.meshgrid(*[torch.tensor(values)] * 2, indexing="ij"))
+    u, count = u.to(dtype), torch.arange(len(tau), dtype=torch.int32)
+    leaves = u.clone().requires_grad_(), tau.clone().requires_grad_()
+    wanted = forms.gate_inputs(*leaves, count, 20)
+    bounds = (forms._SCORE_FAR, forms._TAU_LOW, forms._TAU_HIGH)
+    found = gate_inputs(u.to(DEVICE), tau.to(DEVICE), count.to(DEVICE), 20, *bounds)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other.detach(), rtol=0, atol=0, equal_nan=True)
+    flows = torch.randn_like(wanted[0]), torch.randn_like(wanted[1])
+    gradients = torch.autograd.grad(wanted[:2], leaves, flows)
+    there = gate_input_gradients(u.to(DEVICE), tau.to(DEVICE), flows[0].to(DEVICE), flows[1].to(DEVICE))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(there, gradients, strict=True))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="accesses are watched in the interpreter")
 def test_an_access_beside_a_tensor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
