@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as _module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -90,6 +91,18 @@ def autograd_inside() -> Iterator[None]:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+class SeesOperations(TorchDispatchMode):
+    """Calls ``see`` with the schema of every operation inside ``with``, and lets it go on."""
+
+    def __init__(self, see: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see(func._schema)
+        return func(*args, **(kwargs or {}))
 
 
 def is_plain(tensor: Tensor) -> bool:

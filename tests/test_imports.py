@@ -14,14 +14,15 @@ PACKAGE = ROOT / "flexsparse"
 
 # Earlier first. A module may import from its own level and from those before it.
 LEVELS = (
-    ("errors", "verdict", "files", "kernels"),
+    ("errors", "verdict", "files", "_torch"),
+    ("kernels",),
     ("ir",),
     ("expression",),
     ("catalogue",),
     ("language",),
     ("patterns",),
     ("parser", "numbered"),
-    ("_torch", "_dynamo", "_fake_gpu", "_inductor", "hardware"),
+    ("_dynamo", "_fake_gpu", "_inductor", "hardware"),
     ("row_lengths",),
     ("dense", "dense_selections"),
     ("ops",),

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexsparse._torch import SeesOperations
 
 # Recordings that are kept; lengths come and go.
 _KEPT = 256
@@ -31,6 +32,7 @@ _KEPT = 256
 _APART = 512
 # Sets of addresses that a recording knows, at which of their calls they get graphs, and how many graphs there may be.
 _ADDRESSES, _OFTEN, _MOST = 256, 3, 512
+_ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 # "0" in the environment: no graphs.
 GRAPHS = "FLEXSPARSE_CUDA_GRAPHS"
 _recordings: dict[Hashable, Recording | None] = {}
@@ -82,22 +84,6 @@ class Recording:
     known: dict[tuple[int, ...], int | list[Any]] = field(default_factory=dict, compare=False, repr=False)
 
 
-class _Unrecorded(TorchDispatchMode):
-    """Notices what changes tensors and is no entry: such a call cannot be repeated by its entries."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[-1]
-        arguments = func._schema.arguments
-        viewed = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
-        if not viewed and name not in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"):
-            self.recorder.complete = False
-        return func(*args, **(kwargs or {}))
-
-
 class Recorder:
     """Takes down the entries of one call on ``tensors``; not ``complete`` where something cannot be repeated."""
 
@@ -110,6 +96,11 @@ class Recorder:
         # By address: what the call allocated, kept so that no address is given out twice, and where it will stand.
         self._own: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._bytes = 0
+
+    def see(self, schema: Any) -> None:
+        """What computes on tensors and is no entry: a call that does it cannot be repeated by its entries."""
+        viewed = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+        self.complete &= viewed or schema.name.split("::")[-1] in _ALLOCATIONS
 
     def kernel(self, runner: Callable[..., None], values: Sequence[Any]) -> None:
         """A kernel started with ``values``, tensors among them."""
@@ -271,7 +262,7 @@ def recorded(tensors: Sequence[Tensor], run: Callable[[], None]) -> Recording | 
     made = Recorder(tensors)
     _active.recorder = made
     try:
-        with _Unrecorded(made):
+        with SeesOperations(made.see):
             run()
     finally:
         _active.recorder = None

@@ -220,7 +220,7 @@ def test_addresses_and_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(found.known) == recording._ADDRESSES
     monkeypatch.setattr(recording, "_MOST", 5)
     found.known.clear()
-    for _ in range(8):
+    for n in range(8):
         for _ in range(3):
             recording.graphs_at(found, (n,), given.device)
         assert sum(x == ["graph"] for x in found.known.values()) == n % 5 + 1

@@ -163,7 +163,9 @@ def test_what_gates_read_is_bounded_and_its_gradient_is_that_of_finite_numbers(d
     flows = torch.randn_like(wanted[0]), torch.randn_like(wanted[1])
     gradients = torch.autograd.grad(wanted[:2], leaves, flows)
     there = gate_input_gradients(u.to(DEVICE), tau.to(DEVICE), flows[0].to(DEVICE), flows[1].to(DEVICE))
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(there, gradients, strict=True))
+    # Where there is no GPU the interpreter cuts what a GPU rounds to bfloat16.
+    for one, other in zip(there, gradients, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=2**-7 if INTERPRETED else 0.0, atol=0.0)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="accesses are watched in the interpreter")
