@@ -1,1 +1,1 @@
-"""Triton kernels. They import torch, triton and ``_torch`` only; what they compute is in PyTorch form in ``flexsparse.ops``."""
+"""Triton kernels. They import torch, triton and ``_torch`` alone; ``flexsparse.ops`` has their PyTorch forms."""

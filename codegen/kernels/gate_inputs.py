@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -42,28 +44,39 @@ def _flow(p_u, p_tau, p_d_bounded, p_d_shifted, p_d_u, p_d_tau, size, BLOCK: tl.
     tau = tl.load(p_tau + at, mask=m_at, other=0.0)
     d_u = tl.load(p_d_bounded + at, mask=m_at, other=0.0)
     d_tau = tl.load(p_d_shifted + at, mask=m_at, other=0.0)
-    tl.store(p_d_u + at, tl.where(tl.abs(u) < infinity, d_u, 0.0).to(p_d_u.dtype.element_ty), mask=m_at)
+    tl.store(p_d_u + at, tl.where(tl.abs(u) < infinity, d_u, 0.0), mask=m_at)
     tl.store(p_d_tau + at, tl.where(tl.abs(tau) < infinity, d_tau, 0.0), mask=m_at)
 
 
-def gate_inputs(
-    u: Tensor, tau: Tensor, count: Tensor, k: int, far: float, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u within -far and far, tau within low and high, and 0.5 / max(count - k + 1, 1), float32 each; NaN stays.
+class GateInputs(NamedTuple):
+    """Scores and thresholds that are finite or NaN, and the least gate of a selected key; float32 of one shape."""
+
+    u: Tensor
+    tau: Tensor
+    least: Tensor
+
+
+class Finite(NamedTuple):
+    """What stands for infinities: -far and far for those of scores, low and high for those of thresholds."""
+
+    far: float
+    low: float
+    high: float
+
+
+def gate_inputs(u: Tensor, tau: Tensor, count: Tensor, k: int, finite: Finite, out: GateInputs) -> None:
+    """u and tau with ``finite`` for infinities, and 0.5 / max(count - k + 1, 1), into ``out``; NaN stays.
 
     u (float16, bfloat16 or float32), tau (float32) and count (int32) of one shape, contiguous.
     """
-    bounded, shifted, least = (torch.empty_like(tau) for _ in range(3))
     launch(
-        _gate_inputs, (cdiv(u.numel(), _BLOCK),), (u, tau, count, bounded, shifted, least),
-        (u.numel(), k, far, low, high), BLOCK=_BLOCK,
+        _gate_inputs, (cdiv(u.numel(), _BLOCK),), (u, tau, count, *out), (u.numel(), k, *finite), BLOCK=_BLOCK
     )  # fmt: skip
-    return bounded, shifted, least
 
 
 def gate_input_gradients(u: Tensor, tau: Tensor, d_bounded: Tensor, d_shifted: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of u and tau from those of what is bounded; 0 where they are not finite."""
-    d_u, d_tau = torch.empty_like(u), torch.empty_like(tau)
+    """The gradients of u and tau, float32, from those of what is bounded; 0 where they are not finite."""
+    d_u, d_tau = torch.empty_like(tau), torch.empty_like(tau)
     launch(
         _flow, (cdiv(u.numel(), _BLOCK),), (u, tau, d_bounded, d_shifted, d_u, d_tau), (u.numel(),), BLOCK=_BLOCK
     )  # fmt: skip

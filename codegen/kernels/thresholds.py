@@ -179,7 +179,7 @@ def _running(p_share, p_totals, p_running, times, n_blocks, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _difference(p_running, p_enters, p_leaves, p_grad_u, times, BLOCK: tl.constexpr):
+def _difference(p_running, p_enters, p_leaves, p_base, p_grad_u, times, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_key = key < times
@@ -187,6 +187,9 @@ def _difference(p_running, p_enters, p_leaves, p_grad_u, times, BLOCK: tl.conste
     leaves = tl.load(p_leaves + row * times + key, mask=m_key, other=0)
     running = p_running + row * (times + 1)
     found = tl.load(running + leaves, mask=m_key, other=0.0) - tl.load(running + enters, mask=m_key, other=0.0)
+    if ADD:
+        # Rounded as two gradients are that autograd adds.
+        found = found.to(tl.float32) + tl.load(p_base + row * times + key, mask=m_key, other=0.0)
     tl.store(p_grad_u + row * times + key, found.to(p_grad_u.dtype.element_ty), mask=m_key)
 
 
@@ -198,8 +201,12 @@ def threshold_gradient(
     after: int,
     segments: tuple[Tensor, Tensor] | None,
     grad_u: Tensor,
+    base: Tensor | None = None,
 ) -> None:
-    """dL/du into grad_u [R, S] from dL/dtau [R, S]: two binary searches and two running sums, in a fixed order."""
+    """dL/du into grad_u [R, S] from dL/dtau [R, S]: two binary searches and two running sums, in a fixed order.
+
+    ``base`` [R, S] float32 is added to it.
+    """
     rows, times = floor.shape
     device = grad.device
     enters, leaves = (torch.empty(rows, times, dtype=torch.int32, device=device) for _ in range(2))
@@ -220,7 +227,10 @@ def threshold_gradient(
     launch(_share_blocks, size, (change, blocks), (times, n_blocks), BLOCK=_BLOCK)
     launch(_shares, size, (grad, change, blocks, share, totals), (times, n_blocks), BLOCK=_BLOCK)
     launch(_running, size, (share, totals, running), (times, n_blocks), BLOCK=_BLOCK)
-    launch(_difference, size, (running, enters, leaves, grad_u), (times,), BLOCK=_BLOCK)
+    launch(
+        _difference, size, (running, enters, leaves, running if base is None else base, grad_u), (times,),
+        ADD=base is not None, BLOCK=_BLOCK,
+    )  # fmt: skip
 
 
 def _add(change: Tensor, at: Tensor, by: Tensor) -> None:

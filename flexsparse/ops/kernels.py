@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse.codegen.kernels import gate_inputs as gate_kernels
 from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
 from flexsparse.codegen.kernels import long_rows, rows, short_rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
 from flexsparse.codegen.kernels.events import Ranked, merged_events, ranked
+from flexsparse.codegen.kernels.gate_inputs import Finite, GateInputs
 from flexsparse.codegen.kernels.grid import Quantized
 from flexsparse.codegen.kernels.recording import Aside, operate, repeated
 from flexsparse.errors import ShapeError
@@ -32,69 +34,89 @@ _LONGEST_ROW = 1 << 30
 
 
 class Wanted(NamedTuple):
-    """Room for what is wanted of rows; each may be missing, and there is no table without lifetimes."""
+    """Room for what is wanted of rows; each may be missing: a table without lifetimes, gates without thresholds."""
 
     thresholds: Thresholds | None
     lifetimes: CausalSelection | None
     table: Tensor | None
+    gates: GateInputs | None
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*(self.thresholds or ()), *(self.lifetimes or ()), *(() if self.table is None else (self.table,))]
+        table = () if self.table is None else (self.table,)
+        return [*(self.thresholds or ()), *(self.lifetimes or ()), *table, *(self.gates or ())]
 
     def of(self, rows: slice) -> Wanted:
         return Wanted(
             None if self.thresholds is None else Thresholds(*(x[rows] for x in self.thresholds)),
             None if self.lifetimes is None else CausalSelection(*(x[rows] for x in self.lifetimes)),
             None if self.table is None else self.table[rows],
+            None if self.gates is None else GateInputs(*(x[rows] for x in self.gates)),
         )
 
 
 def select(
-    u: Tensor, k: int, after: int, segments: Tensor | None, *, thresholds: bool, lifetimes: bool, chunk: int = 0
+    u: Tensor,
+    k: int,
+    after: int,
+    segments: Tensor | None,
+    *,
+    thresholds: bool,
+    lifetimes: bool,
+    chunk: int = 0,
+    finite: Finite | None = None,
 ) -> Wanted:
     """Thresholds and lifetimes, as wanted, of the rows u [R, S] (contiguous) with segment ids [R, S] or none.
 
-    With lifetimes, and unless ``chunk`` is 0, the slot table for chunks of so many queries.
+    With lifetimes, and unless ``chunk`` is 0, the slot table for chunks of so many queries; with thresholds, and with
+    what stands for infinities, what gates read.
     Rows are taken in groups, so that what is needed in between does not grow with their number.
     """
     rows, size = u.shape
     if size > _LONGEST:
         raise ShapeError("u", got=f"{size} scores in a row", expected=f"at most {_LONGEST} on a GPU")
-    found, lived, table = None, None, None
+    found, lived, table, gates = None, None, None, None
     if thresholds:
         made = [u.new_empty(u.shape, dtype=d) for d in (result_dtype(u), torch.int64, torch.int64, torch.int32)]
         found = Thresholds(*made)
+        if finite is not None:
+            gates = GateInputs(*(torch.empty_like(found.tau) for _ in range(3)))
     if lifetimes:
         lived = CausalSelection(*(u.new_empty(u.shape, dtype=torch.int32) for _ in range(3)))
         if chunk:
             table = u.new_empty((rows, -(-size // chunk), min(k, size)), dtype=torch.int32)
-    wanted = Wanted(found, lived, table)
+    wanted = Wanted(found, lived, table, gates)
     bounds = _bounds(segments)
     together = max(1, _TOGETHER // max(size, 1))
     if rows <= together:
-        _select_group(u, k, after, bounds, wanted, chunk)
+        _select_group(u, k, after, bounds, wanted, chunk, finite)
         return wanted
     for first in range(0, rows, together):
         group = slice(first, first + together)
         within = None if bounds is None else (bounds[0][group], bounds[1][group])
-        _select_group(u[group], k, after, within, wanted.of(group), chunk)
+        _select_group(u[group], k, after, within, wanted.of(group), chunk, finite)
     return wanted
 
 
 def _select_group(
-    u: Tensor, k: int, after: int, bounds: tuple[Tensor, Tensor] | None, wanted: Wanted, chunk: int
-) -> None:  # fmt: skip
+    u: Tensor,
+    k: int,
+    after: int,
+    bounds: tuple[Tensor, Tensor] | None,
+    wanted: Wanted,
+    chunk: int,
+    finite: Finite | None,
+) -> None:
     """As ``select``, into ``wanted``."""
     size = u.shape[1]
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
-    key = ("select", budget, after, chunk, bounds is None, *[x is None for x in wanted])
+    key = ("select", budget, after, chunk, finite, bounds is None, *[x is None for x in wanted])
     two = _side_by_side(u) and None not in wanted[:2]
 
     def run() -> None:
         grid, keys = _quantized_and_ranked(u, bounds)
-        thresholds, lifetimes, table = wanted
+        thresholds, lifetimes, table, gates = wanted
         # Side by side: short steps of one alone leave a GPU idle.
         beside = Aside(u.device, wanted=two)
         if lifetimes is not None:
@@ -102,6 +124,8 @@ def _select_group(
                 _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
         if thresholds is not None:
             _find_thresholds(keys, grid, budget, after, bounds, thresholds)
+            if gates is not None and finite is not None:
+                gate_kernels.gate_inputs(u, thresholds.tau, thresholds.candidates, budget, finite, gates)
         # What the other stream reads is kept until it has joined.
         beside.join()
 
@@ -158,6 +182,26 @@ def threshold_gradient(
 
     repeated(("gradient", after), [grad, u, floor, ceil, *(bounds or ())], [found], run)
     return found
+
+
+def gated_gradient(
+    flows: tuple[Tensor, Tensor],
+    u: Tensor,
+    found: Thresholds,
+    after: int,
+    segments: Tensor | None,
+) -> Tensor:
+    """dL/du [R, S] in u's dtype from what flows into the u and tau of ``gates``: [R, S] float32 each."""
+    after, bounds = min(after, u.shape[1]), _bounds(segments)
+    flows, total = (flows[0].contiguous(), flows[1].contiguous()), torch.empty_like(u)
+
+    def run() -> None:
+        direct, by_tau = gate_kernels.gate_input_gradients(u, found.tau, *flows)
+        grid = grids.quantize(u, counted=False)
+        threshold_kernels.threshold_gradient(by_tau, grid, found.floor, found.ceil, after, bounds, total, direct)
+
+    repeated(("gated gradient", after), [*flows, u, *found[:3], *(bounds or ())], [total], run)
+    return total
 
 
 def project(z: Tensor, k: int) -> Projected:

@@ -169,7 +169,7 @@ def _select(
     if u.is_cuda:
         from flexsparse.ops import kernels
 
-        found, lived, table = kernels.select(
+        found, lived, table, _ = kernels.select(
             u.contiguous(), k, after, segments, thresholds=thresholds, lifetimes=lifetimes, chunk=chunk
         )
     else:

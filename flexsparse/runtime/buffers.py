@@ -17,8 +17,8 @@ from flexsparse.ir.text import text
 from flexsparse.ops.blocks import choose_blocks
 from flexsparse.ops.capped_softmax import causal_capped_softmax
 from flexsparse.ops.causal import CausalSelection
-from flexsparse.ops.selection import causal_select, causal_topk
-from flexsparse.runtime.gate_inputs import gate_inputs
+from flexsparse.ops.gated import gate_inputs, gated_select
+from flexsparse.ops.selection import causal_topk
 from flexsparse.runtime.inputs import Shapes, refuse_beyond_keys
 from flexsparse.runtime.numbers import as_argument
 
@@ -105,13 +105,10 @@ def _selection(program: Program, number: int, captured: Mapping[str, Tensor], ch
     if selection.gate == "capped_softmax":
         tau, count = causal_capped_softmax(scores, selection.k, **arguments)
         made = _lifetimes(number, causal_topk(scores, selection.k, **arguments))
-    elif chunk:
-        (tau, count), chosen, table = causal_select(scores, selection.k, **arguments, chunk=chunk)
-        made = _lifetimes(number, chosen) | {f"slots_{number}": table}
+        u, tau, least = gate_inputs(scores, tau, count, selection.k)
     else:
-        (tau, count), chosen = causal_select(scores, selection.k, **arguments)
-        made = _lifetimes(number, chosen)
-    u, tau, least = gate_inputs(scores, tau, count, selection.k)
+        u, tau, least, chosen, table = gated_select(scores, selection.k, selection.after, segments, chunk)
+        made = _lifetimes(number, chosen) | ({} if table is None else {f"slots_{number}": table})
     made |= {f"u_{number}": u, f"tau_{number}": tau, f"least_{number}": least}
     if f"u_{number}_fixed" in selection_arguments(program, number):
         made |= {f"u_{number}_fixed": u.detach(), f"tau_{number}_fixed": tau.detach()}

@@ -9,12 +9,13 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from flexsparse.codegen.kernels.gate_inputs import gate_input_gradients, gate_inputs
+from flexsparse.codegen.kernels.gate_inputs import Finite
 from flexsparse.codegen.kernels.next_changes import next_changes
 from flexsparse.codegen.kernels.slot_records import slot_records
 from flexsparse.codegen.kernels.slot_sums import add_slot_sums
 from flexsparse.explorer.targets import find_target
 from flexsparse.ops import kernels
+from flexsparse.ops.causal import Thresholds
 from tests.cross_compiling import ATOMIC, Launches
 
 EXPECTED = {
@@ -45,17 +46,19 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: p
     ):
         for segments in (None, torch.zeros(2, size, dtype=torch.long)):
             u = torch.randn(2, size, dtype=dtype)
-            _, lived, _ = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
+            _, lived, *_ = kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True)
             assert lived is not None
             table = kernels.slot_table(lived, 40, 16)
             next_changes(table, 32)
+            points = torch.zeros(2, size, dtype=torch.long)
             if dtype is not torch.float64:
                 tau, count = u.float(), torch.zeros(2, size, dtype=torch.int32)
-                bounded = gate_inputs(u, tau, count, 40, 3e38, -3e38, 1e38)
-                gate_input_gradients(u, tau, *bounded[:2])
+                found = Thresholds(tau, points, points, count)
+                finite = Finite(3e38, -3e38, 1e38)
+                kernels.select(u, 40, 3, segments, thresholds=True, lifetimes=True, chunk=16, finite=finite)
+                kernels.gated_gradient((tau, tau), u, found, 3, segments)
             for scores in (None, u.float()):
                 slot_records(table, lived.death, scores, 16)
-            points = torch.zeros(2, size, dtype=torch.long)
             kernels.threshold_gradient(u, u, points, points, 3, segments)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for shape in ((1, 300), (70, 20_000), (1, 40_000)):

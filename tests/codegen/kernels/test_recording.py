@@ -266,7 +266,7 @@ def test_graphs_of_a_loop_keep_the_bits_of_its_calls(monkeypatch: pytest.MonkeyP
         kept: Any = recording._recordings
         return sum(isinstance(x, list) for found in kept.values() if found for x in found.known.values())
 
-    for _ in range(8):
+    for _ in range(32):
         # Dropped at once, so that the next call gets the same addresses.
         step()
     assert graphs() >= 4

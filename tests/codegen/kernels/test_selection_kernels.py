@@ -58,7 +58,7 @@ def test_kernels_give_the_bits_of_the_pytorch_forms(
         segments = torch.randint(0, 4, (2, size), generator=torch.Generator().manual_seed(1)).sort(1).values
     there = None if segments is None else segments.to(DEVICE)
     ranges = causal.ranges_of(u, after, segments)
-    found, lived, table = kernels.select(u.to(DEVICE), k, after, there, thresholds=True, lifetimes=True, chunk=16)
+    found, lived, table, _ = kernels.select(u.to(DEVICE), k, after, there, thresholds=True, lifetimes=True, chunk=16)
     wanted, wanted_lives = causal.thresholds(u, k, ranges), causal.lifetimes(u, k, ranges)
     assert found is not None
     assert lived is not None
@@ -83,7 +83,7 @@ def test_nan_marks_its_row_from_its_position_on() -> None:
 
     u = draw("normal", 90).repeat(2, 1)
     u[1, 40] = torch.nan
-    found, lived, _ = kernels.select(u.to(DEVICE), 5, 0, None, thresholds=True, lifetimes=True)
+    found, lived, *_ = kernels.select(u.to(DEVICE), 5, 0, None, thresholds=True, lifetimes=True)
     ranges = causal.ranges_of(u, 0, None)
     assert found is not None
     assert lived is not None
@@ -148,24 +148,61 @@ def test_the_next_change_of_every_block_of_slots(chunks: int, k: int, block: int
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_gates_read_is_bounded_and_its_gradient_is_that_of_finite_numbers(dtype: torch.dtype) -> None:
-    from flexsparse.codegen.kernels.gate_inputs import gate_input_gradients, gate_inputs
-    from flexsparse.runtime import gate_inputs as forms
+    from flexsparse.codegen.kernels.gate_inputs import Finite, GateInputs, gate_input_gradients, gate_inputs
+    from flexsparse.ops import gated as forms
 
     values = [-torch.inf, torch.inf, torch.nan, 0.0, -3.5, 1e30]
     u, tau = (x.flatten().clone() for x in torch.meshgrid(*[torch.tensor(values)] * 2, indexing="ij"))
     u, count = u.to(dtype), torch.arange(len(tau), dtype=torch.int32)
     leaves = u.clone().requires_grad_(), tau.clone().requires_grad_()
     wanted = forms.gate_inputs(*leaves, count, 20)
-    bounds = (forms._SCORE_FAR, forms._TAU_LOW, forms._TAU_HIGH)
-    found = gate_inputs(u.to(DEVICE), tau.to(DEVICE), count.to(DEVICE), 20, *bounds)
+    finite = Finite(forms._SCORE_FAR, forms._TAU_LOW, forms._TAU_HIGH)
+    found = GateInputs(*(torch.empty_like(tau, device=DEVICE) for _ in range(3)))
+    gate_inputs(u.to(DEVICE), tau.to(DEVICE), count.to(DEVICE), 20, finite, found)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one.cpu(), other.detach(), rtol=0, atol=0, equal_nan=True)
     flows = torch.randn_like(wanted[0]), torch.randn_like(wanted[1])
     gradients = torch.autograd.grad(wanted[:2], leaves, flows)
     there = gate_input_gradients(u.to(DEVICE), tau.to(DEVICE), flows[0].to(DEVICE), flows[1].to(DEVICE))
-    # Where there is no GPU the interpreter cuts what a GPU rounds to bfloat16.
+    # That of bfloat16 scores is rounded once it is added to another.
     for one, other in zip(there, gradients, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=2**-7 if INTERPRETED else 0.0, atol=0.0)
+        assert torch.equal(one.cpu().to(other.dtype), other)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("size", "k", "after"), [(140, 20, 7), (70, 100, 0), (1, 1, 0)])
+def test_gates_and_their_gradient_are_those_of_the_steps_one_by_one(
+    size: int, k: int, after: int, segmented: bool
+) -> None:
+    from flexsparse.codegen.kernels.gate_inputs import Finite
+    from flexsparse.ops import gated, kernels
+
+    u = torch.stack([draw("normal", size, seed) for seed in range(2)]).float()
+    u[0, size // 3 :: 9] = torch.inf
+    u[1, ::5] = -torch.inf
+    segments = (torch.arange(size) // 37).expand(2, size) if segmented else None
+    leaf = u.clone().requires_grad_()
+    wanted = gated.gated_select(leaf, k, after, segments, 16)
+    there = None if segments is None else segments.to(DEVICE)
+    finite = Finite(gated._SCORE_FAR, gated._TAU_LOW, gated._TAU_HIGH)
+    found, lived, table, gates = kernels.select(
+        u.to(DEVICE), k, after, there, thresholds=True, lifetimes=True, chunk=16, finite=finite
+    )
+    assert found is not None
+    assert lived is not None
+    assert gates is not None
+    for name, one, other in zip(("u", "tau", "least"), gates, wanted[:3], strict=True):
+        same(name, one, other.detach())
+    assert table is not None
+    assert wanted.table is not None
+    same("table", table, wanted.table)
+    for name, one, other in zip(("birth", "death", "slot"), lived, wanted.selection, strict=True):
+        same(name, one, other)
+    flows = torch.randn_like(u), torch.randn_like(u)
+    (gradient,) = torch.autograd.grad(wanted[:2], leaf, flows)
+    moved = flows[0].to(DEVICE), flows[1].to(DEVICE)
+    same("gradient", kernels.gated_gradient(moved, u.to(DEVICE), found, after, there), gradient)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="accesses are watched in the interpreter")
