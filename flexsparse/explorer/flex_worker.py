@@ -17,6 +17,7 @@ from flexsparse import _dynamo, _inductor
 from flexsparse.compiler import compile
 from flexsparse.errors import BackendError
 from flexsparse.example_inputs import example_call
+from flexsparse.explorer.failures import cause_in_words, cause_of
 from flexsparse.explorer.flex import Order
 from flexsparse.pipeline import Bound, bind_call, compile_pattern
 
@@ -30,9 +31,9 @@ def main(folder: pathlib.Path) -> None:
         capture = _captured(order)
         found = {"forward": capture.forward, "backward": capture.backward, "graph": capture.graphs}
     except Exception as error:  # noqa: BLE001
-        # Running the pattern has put what the compiler said into an error of its own.
-        said = error.got if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
-        found = {"error": [next(line for line in said.splitlines() if line.strip())[:300]]}
+        cause = cause_of(error)
+        # An error of our own says what it got, and is about this call.
+        found = {"error": [cause.got if isinstance(cause, BackendError) else cause_in_words(cause)]}
     (folder / "texts.json").write_text(json.dumps(found))
 
 

@@ -89,8 +89,8 @@ def test_resources_of_forward_and_backward() -> None:
     # 4 warps a block, of 64.
     assert forward.occupancy == 3 * 4 / 64
     assert forward.spills == 0
-    # Rows of keys come 16 bytes at a time, slots and deaths as single integers.
-    assert forward.loads[16] >= forward.loads[4] > 0
+    # Rows of keys come 16 bytes at a time, slots and deaths as single integers: more instructions in Triton 3.6.
+    assert 16 * forward.loads[16] >= 2 * 4 * forward.loads[4] > 0
     assert list(forward.loads) == sorted(forward.loads, reverse=True)
     taken, made, notes = attention.code("resources", "sm_90").split("\n\n")
     for table in (taken, made):
@@ -189,7 +189,7 @@ def kernel(name: str, when: str) -> Kernel:
 
 
 def test_what_the_compiler_refuses_is_an_error_with_its_kernel() -> None:
-    with pytest.raises(BackendError, match=r"kernel wrong: .*(missing|NameError|CompilationError)"):
+    with pytest.raises(BackendError, match=r"kernel wrong: CompilationError: NameError\('missing"):
         cross.compile_kernels([kernel("good", ""), kernel("wrong", "")], find_target("sm_80"))
 
 
