@@ -22,6 +22,7 @@ from flexsparse.explorer.gathered_marks import mark_gathered
 from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
 from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources, kernel_roofline
+from flexsparse.explorer.targets import find_target
 from flexsparse.explorer.tile_text import tile_text
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
@@ -414,6 +415,7 @@ class CompiledAttention:
         if stage not in STAGES:
             hint = did_you_mean(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
+        find_target(target)
         if stage == "kernels" and can_gather(self.ir):
             return mark_gathered(gathered_source(self.ir).text, self._node, self.ir.printed)
         if stage in KERNEL_STAGES:

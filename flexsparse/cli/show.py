@@ -62,6 +62,7 @@ def command(expression: str, as_json: bool, **given: Any) -> None:
         from flexsparse.pictures.figure import check_path
 
         path = check_path(given["out"])
+        shared.check_out("--out", given["out"])
     with render.working("Compiling the pattern"):
         shown = draw(expression, given, with_reasons=path is not None or as_json)
         if path is not None:

@@ -19,7 +19,7 @@ from flexsparse.errors import BackendError
 from flexsparse.example_inputs import example_call
 from flexsparse.explorer.failures import cause_in_words, cause_of
 from flexsparse.explorer.flex import Order
-from flexsparse.pipeline import Bound, bind_call, compile_pattern
+from flexsparse.pipeline import bind_call, compile_pattern
 
 
 def main(folder: pathlib.Path) -> None:
@@ -75,7 +75,7 @@ def _captured(order: Order) -> _inductor.Capture:
         _inductor.cpu_for_gpu(),
         unittest.mock.patch.object(_dynamo, "inductor", capture),
     ):
-        run = Bound(buffers, bound.tiles, order.plan, bound.program)
+        run = replace(bound, buffers=buffers, plan=order.plan)
         out, lse = attention.runner.run(run, shapes.head_dim**-0.5, operands, carried)
         if shapes.needs_grad:
             results = [out, lse] if carried else [out]

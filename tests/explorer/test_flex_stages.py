@@ -76,6 +76,19 @@ def test_a_gate_on_values_takes_two_calls_over_rows() -> None:
 
 
 @generates
+def test_positions_by_residue_class_take_a_call_for_pairs_of_two_classes() -> None:
+    attention = bound("dilated_window(64, 4) | sinks(3)", "residue_flex", q_len=512, needs_grad=False)
+    text = attention.code("triton")
+    assert text.count("def forward_inner") == 2
+    assert "# q and kv count within a residue class modulo 4; row b is class b % 4 of row b // 4.\n# Other" in text
+    # 64 keys of the class, where the pattern says that q - kv is below 256.
+    assert "tl.full([1], 63, tl.int32)  # mask\n" in text
+    marks = [mark for _, mark in attention.marked_code("triton").lines if mark is not None and mark.expression]
+    assert {mark.expression for mark in marks} == {"((kv <= q) & (q - kv < 256) & ((q - kv) % 4 == 0)) | (kv < 3)"}
+    assert attention.code("graph").count("torch.ops.higher_order.flex_attention(") == 2
+
+
+@generates
 def test_cpp_of_inference_on_this_cpu() -> None:
     if not compiles_cpp():
         pytest.skip("torch generates no FlexAttention for this CPU")
