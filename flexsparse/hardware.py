@@ -87,5 +87,7 @@ def load(path: pathlib.Path) -> Hardware:
         return Hardware(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise SettingError(
-            "hardware", got=f"{path}: {error}", expected="a file that `flexsparse hardware --save` wrote"
+            "hardware",
+            got=f"'{path}': {getattr(error, 'strerror', None) or error}",
+            expected="a file that `flexsparse hardware --save` wrote",
         ) from error

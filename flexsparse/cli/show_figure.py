@@ -226,7 +226,7 @@ _PANELS = {"tiles": _tiles, "heads": _heads, "score": _score, "gate": _gate, "se
 def _caption(given: dict[str, Any], drawn: Drawable, panel: Panel) -> str:
     length, block, heads = drawn.shapes.q_len, drawn.bound.tiles.block, drawn.shapes.heads
     cells = ""
-    what = f"{length} queries x {length} keys"
+    what = f"{length:,} queries x {length:,} keys"
     if isinstance(panel, Grid):
         high, wide = panel.picture.cell
         if panel.unit == "pairs":
