@@ -15,7 +15,7 @@ from torch import Tensor
 from flexsparse.backends import BY_FLEX
 from flexsparse.codegen.gathered import can_gather, gathered_source
 from flexsparse.dense import reference
-from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
+from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, nearest
 from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
 from flexsparse.explorer.gathered_marks import mark_gathered
@@ -413,7 +413,7 @@ class CompiledAttention:
     def marked_code(self, stage: str, target: str = "sm_90") -> MarkedText:
         """The text of ``code`` line by line, with what each line of a Triton kernel has from the pattern."""
         if stage not in STAGES:
-            hint = did_you_mean(str(stage), STAGES)
+            hint = nearest(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
         find_target(target)
         if stage == "kernels" and can_gather(self.ir):
@@ -468,7 +468,7 @@ class CompiledAttention:
                 wanted,
                 got="a compiled pattern that has met no shapes",
                 expected="a call, or bind(q_len=..., head_dim=..., ...)",
-                mend="Call it once, or pass shapes: explain(q_len=4096, head_dim=64, heads=8).",
+                mend="Call it once, or give shapes first: bind(q_len=4096, head_dim=64, heads=8).",
             )
         return self._bound
 

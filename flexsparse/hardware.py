@@ -7,7 +7,7 @@ import pathlib
 import re
 from dataclasses import asdict, dataclass, replace
 
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 from flexsparse.files import write_whole
 
 
@@ -60,9 +60,7 @@ def find(name: str) -> Hardware:
     found = known_in(name)
     if found is not None:
         return found if found.name.lower() == name.lower() else replace(found, name=name)
-    raise SettingError(
-        "hardware", got=repr(name), expected=f"one of {', '.join(DEVICES)}", mend=did_you_mean(name, DEVICES)
-    )
+    raise SettingError("hardware", got=repr(name), expected=f"one of {', '.join(DEVICES)}", mend=nearest(name, DEVICES))
 
 
 def known_in(name: str) -> Hardware | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ import click
 from flexsparse.errors import BackendNotice, FlexsparseError, did_you_mean
 
 OK, MISMATCH, USAGE, INTERRUPTED = 0, 1, 2, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CommandGroup(click.Group):
@@ -48,6 +50,12 @@ class CommandGroup(click.Group):
             code = USAGE
         except (click.Abort, KeyboardInterrupt):
             code = INTERRUPTED
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            discard_output()
+            click.echo(f"Error: {error.strerror}: not all of the output could be written.", err=True)
+            code = USAGE
         with whole_or_not():
             sys.stdout.flush()
         sys.exit(code)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flexsparse.cli.group import whole_or_not
-from flexsparse.errors import DeviceError, SettingError, did_you_mean
+from flexsparse.errors import DeviceError, SettingError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -90,10 +90,8 @@ def read_dtype(name: str) -> torch.dtype:
 
     full = next((n for n, short in DTYPES.items() if name == n or name in short), None)
     if full is None:
-        hint = did_you_mean(name, DTYPES)
-        raise SettingError(
-            "--dtype", got=repr(name), expected=", ".join(DTYPES), mend=hint if hint.startswith("Did") else ""
-        )
+        hint = nearest(name, DTYPES)
+        raise SettingError("--dtype", got=repr(name), expected=", ".join(DTYPES), mend=hint)
     dtype: torch.dtype = getattr(torch, full)
     return dtype
 
@@ -108,7 +106,7 @@ def read_device(name: str, *, exists: bool = True) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         known = ("cpu", "cuda")
-        hint = did_you_mean(name, known)
+        hint = nearest(name, known)
         raise DeviceError("--device", got=repr(name), expected="cpu, cuda or cuda:N", mend=hint) from None
     if exists and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()

@@ -10,7 +10,7 @@ import flexsparse
 from flexsparse.cli import options as shared
 from flexsparse.cli import render
 from flexsparse.cli.show_scores import given_scores
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 from flexsparse.example_inputs import describe, example_captured, fitting_heads
 from flexsparse.pictures.curves import head_names, score_curves
 from flexsparse.pictures.elements import gate_pictures, score_picture
@@ -48,8 +48,8 @@ def draw(expression: str, given: dict[str, Any], *, with_reasons: bool) -> Shown
     """The figure of a request, from the options of ``show`` by name. Raises what a call with its tensors would."""
     view = given["view"]
     if view not in VIEWS:
-        hint = did_you_mean(view, VIEWS)
-        raise SettingError("--view", got=repr(view), expected=", ".join(VIEWS), mend=hint if "mean" in hint else "")
+        hint = nearest(view, VIEWS)
+        raise SettingError("--view", got=repr(view), expected=", ".join(VIEWS), mend=hint)
     _refuse_unused(given)
     given = given | {"raw": given["raw"] or 0.0, "head": given["head"] or 0}
     if not math.isfinite(given["raw"]):

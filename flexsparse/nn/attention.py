@@ -18,7 +18,7 @@ from flexsparse.errors import (
     ExpressionError,
     SettingError,
     ShapeError,
-    did_you_mean,
+    nearest,
 )
 from flexsparse.expression import Index, Pattern
 from flexsparse.ir.nodes import GATES, SelectionNode
@@ -101,7 +101,7 @@ class SparseKAttention(nn.Module):
         _refuse_dropout(dropout)
         if gate not in GATES:
             expected = f"one of {', '.join(map(repr, GATES))}"
-            raise SettingError("gate", got=repr(gate), expected=expected, mend=did_you_mean(str(gate), GATES))
+            raise SettingError("gate", got=repr(gate), expected=expected, mend=nearest(str(gate), GATES))
         slope = 1 / (2 * k) if position_slope is None else position_slope
         _check_number("position_slope", slope, zero=not learnable_slope)
         _check_number("rope_base", rope_base, zero=False)
