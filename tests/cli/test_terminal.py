@@ -61,6 +61,7 @@ def test_help_documents_commands_and_exit_codes() -> None:
     for name in ("list", "show", "explain", "code", "check", "demo"):
         assert f"\n  {name} " in text
     assert "130  interrupted" in text
+    assert "3    an error that flexsparse did not foresee" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
