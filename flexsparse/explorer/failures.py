@@ -8,7 +8,8 @@ _LONGEST = 300
 # Where what torch adds for those who debug torch begins: the operands, how to log more, the frames, whom to tell.
 _ADDED = re.compile(
     r"\s*(target: |args\[\d+\]|kwargs: |Set TORCH|You can suppress|from user code|Hint: |Developer debug context|"
-    r"For more details|Please report|The above exception|To fix this|Found from\b|backend='\w+' raised:\s*$)"
+    r"For more details|Please report|While executing |Original traceback|Found from |The above exception|To fix this|"
+    r"backend='\w+' raised:\s*$)"
 )
 # "LoweringException: ValueError: ...": a wrapper that names what it wraps.
 _WRAPPER = re.compile(r"^\w+: (?=[\w.]+(Error|Exception|Failed|Failure): )")

@@ -67,6 +67,10 @@ def test_an_exception_that_is_its_own_cause_is_said_once() -> None:
             RuntimeError("Unsupported\n  Explanation: it cannot trace x\n  Hint: avoid x\n\n  Developer debug context"),
             "RuntimeError: Unsupported Explanation: it cannot trace x",
         ),
+        (
+            AttributeError("no get_dtype\n\nWhile executing %copy : [num_users=1]\nOriginal traceback:\nFile 'x.py'"),
+            "AttributeError: no get_dtype",
+        ),
         # Triton's shows the kernel up to the line that is wrong.
         (ValueError("at 2:4:\ndef k(p):\n    x(p)\n    ^\nx is not defined"), "ValueError: x is not defined"),
         (ValueError("a: " + "word " * 100), "ValueError: a: " + "word " * 57 + "..."),

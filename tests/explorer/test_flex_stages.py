@@ -89,6 +89,16 @@ def test_positions_by_residue_class_take_a_call_for_pairs_of_two_classes() -> No
 
 
 @generates
+def test_a_number_that_indexes_a_tensor_is_part_of_the_kernel() -> None:
+    """rates[h, 0] and rates[h, 1]: the graph has such numbers as tensors, which Inductor simplifies first."""
+    forward = bound("full() + kerple()").code("triton")
+    # A row of two for each head, of which both are loaded by their place.
+    loads = re.findall(r"= tl\.load\(in_ptr\d+ \+ (tmp\d+) \+ 2\*tmp\d+\)  # score", forward)
+    assert [re.findall(rf" {place} = tl\.full\(\[1\], (\d), ", forward) for place in loads] == [["0"], ["1"]]
+    assert "tl_math.log(" in forward
+
+
+@generates
 def test_cpp_of_inference_on_this_cpu() -> None:
     if not compiles_cpp():
         pytest.skip("torch generates no FlexAttention for this CPU")
