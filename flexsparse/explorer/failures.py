@@ -12,7 +12,7 @@ _ADDED = re.compile(
     r"backend='\w+' raised:\s*$)"
 )
 # "LoweringException: ValueError: ...": a wrapper that names what it wraps.
-_WRAPPER = re.compile(r"^\w+: (?=[\w.]+(Error|Exception|Failed|Failure): )")
+_WRAPPER = re.compile(r"^(?:\w+: )+(?=[\w.]+(?:Error|Exception|Failed|Failure): )")
 
 
 def cause_of(error: BaseException) -> BaseException:
