@@ -114,9 +114,8 @@ def _noted(name: str, source: str, given: dict[str, Any], backward: bool) -> dic
 def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What differs between kernels shown and kernels that ran, pair by pair: by name, else in order."""
     rows = []
-    by_name = {kernel["name"]: kernel for kernel in after}
-    for n, kernel in enumerate(before):
-        other = by_name.get(kernel["name"]) or (after[n] if n < len(after) else None)
+    partners, unshown = _paired(before, after)
+    for kernel, other in zip(before, partners, strict=True):
         if other is None:
             rows.append({"kernel": kernel["name"], "same": False, "difference": ["did not run"]})
             continue
@@ -133,12 +132,24 @@ def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[
                 "difference": lines[:60], "launch": launch,
             }
         )  # fmt: skip
-    rows += [
-        {"kernel": k["name"], "same": False, "difference": ["was not shown"]}
-        for k in after[len(before) :]
-        if k["name"] not in {b["name"] for b in before}
-    ]
-    return rows
+    return rows + [{"kernel": k["name"], "same": False, "difference": ["was not shown"]} for k in unshown]
+
+
+def _paired(
+    before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any] | None], list[dict[str, Any]]]:
+    """For each kernel shown the one that ran, None for none; and those that ran without having been shown."""
+    left = list(after)
+    partners: list[dict[str, Any] | None] = []
+    for kernel in before:
+        # Two calls of FlexAttention have kernels of one name.
+        partners.append(next((other for other in left if other["name"] == kernel["name"]), None))
+        if partners[-1] is not None:
+            left.remove(partners[-1])
+    for n, partner in enumerate(partners):
+        if partner is None and left:
+            partners[n] = left.pop(0)
+    return partners, left
 
 
 def _plain(kernel: dict[str, Any]) -> str:

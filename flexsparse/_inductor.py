@@ -17,8 +17,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner, partition_fn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -55,11 +54,16 @@ class Capture:
         backend = aot_autograd(
             fw_compiler=self._compiler(self.forward, backward=False),
             bw_compiler=self._compiler(self.backward, backward=True),
-            inference_compiler=self._compiler(self.forward, backward=False),
+            inference_compiler=self._inference,
             decompositions=select_decomp_table(),
-            partition_fn=min_cut_rematerialization_partition,
+            # It simplifies the graph of both passes before it parts them.
+            partition_fn=partition_fn,
         )
         return backend(graph, inputs)
+
+    def _inference(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        simplified = _recursive_joint_graph_passes(graph, input_device=torch.device("cpu"))
+        return self._compiler(self.forward, backward=False)(simplified, inputs)
 
     def _compiler(self, into: list[str], *, backward: bool) -> Callable[[Any, Any], Any]:
         def generate(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -119,7 +123,9 @@ def _retargeted(
     graph: torch.fx.GraphModule, inputs: list[Any], *, keeps_lse: bool
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
     """A copy of the graph and its inputs on the GPU."""
-    graph = copy.deepcopy(graph)
+    # Numbers of the graph are tensors that cannot be copied while others are pretended; they stay where they are.
+    held = [*graph.named_buffers(), *graph.named_parameters()]
+    graph = copy.deepcopy(graph, {id(tensor): tensor for _, tensor in held})
     mode = next((i.fake_mode for i in inputs if isinstance(i, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -134,9 +140,10 @@ def _retargeted(
             for node in module.graph.nodes:
                 _retarget_node(node, moved, keeps_lse)
             module.recompile()
-    for name, tensor in [*graph.named_buffers(), *graph.named_parameters()]:
+    for name, tensor in held:
         owner, _, leaf = name.rpartition(".")
-        setattr(graph.get_submodule(owner), leaf, moved(tensor))
+        if tensor.dim():
+            setattr(graph.get_submodule(owner), leaf, moved(tensor))
     on_gpu = [moved(i) for i in inputs]
     with mode:
         FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*on_gpu)

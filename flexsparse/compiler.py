@@ -15,13 +15,14 @@ from torch import Tensor
 from flexsparse.backends import BY_FLEX
 from flexsparse.codegen.gathered import can_gather, gathered_source
 from flexsparse.dense import reference
-from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, did_you_mean
+from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, nearest
 from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
 from flexsparse.explorer.gathered_marks import mark_gathered
 from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
 from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources, kernel_roofline
+from flexsparse.explorer.targets import find_target
 from flexsparse.explorer.tile_text import tile_text
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
@@ -417,8 +418,9 @@ class CompiledAttention:
     def marked_code(self, stage: str, target: str = "sm_90") -> MarkedText:
         """The text of ``code`` line by line, with what each line of a Triton kernel has from the pattern."""
         if stage not in STAGES:
-            hint = did_you_mean(str(stage), STAGES)
+            hint = nearest(str(stage), STAGES)
             raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
+        find_target(target)
         if stage == "kernels" and can_gather(self.ir):
             return mark_gathered(gathered_source(self.ir).text, self._node, self.ir.printed)
         if stage in KERNEL_STAGES:
@@ -471,7 +473,7 @@ class CompiledAttention:
                 wanted,
                 got="a compiled pattern that has met no shapes",
                 expected="a call, or bind(q_len=..., head_dim=..., ...)",
-                mend="Call it once, or pass shapes: explain(q_len=4096, head_dim=64, heads=8).",
+                mend="Call it once, or give shapes first: bind(q_len=4096, head_dim=64, heads=8).",
             )
         return self._bound
 

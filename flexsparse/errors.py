@@ -102,7 +102,10 @@ class BackendNotice(UserWarning):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"Did you mean 'x'?"`` with the nearest known name, or a list of what there is."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    return f"Known: {', '.join(names)}." if names else ""
+    return nearest(name, names) or (f"Known: {', '.join(names)}." if names else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"Did you mean 'x'?"`` with the nearest known name; empty where none is near, for errors that list them."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else ""

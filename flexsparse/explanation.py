@@ -86,7 +86,7 @@ class Explanation:
         for candidate in self.plan.candidates:
             mark = ">" if candidate.backend == self.plan.backend else " "
             state = "can run" if candidate.verdict.holds else "cannot run"
-            lines.append(f"        {mark} {candidate.backend:<17} {state}: {candidate.reason}")
+            lines.append(f"        {mark} {candidate.backend:<18} {state}: {candidate.reason}")
         if tiles is None:
             lines.append("tiles     known at the call, from its tensors")
         else:

@@ -174,6 +174,13 @@ class Pattern(Expression):
         return pattern_of(Apply("not", (plain("~", self)._node,)))
 
     def __add__(self, other: object) -> Pattern:
+        if isinstance(other, Pattern):
+            raise ExpressionError(
+                "the score added to a pattern",
+                got=f"{other!r}, a mask or pattern",
+                expected="a score",
+                mend="Join patterns with & or |; where(mask, 1, 0) turns a mask into numbers.",
+            )
         term = lift(other, "the score added to a pattern", Kind.REAL)
         if mentions(term, "score"):
             raise ExpressionError(

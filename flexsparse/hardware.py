@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from dataclasses import asdict, dataclass, replace
 
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 from flexsparse.files import write_whole
 
 
@@ -52,16 +53,20 @@ DEVICES = {
 
 
 def find(name: str) -> Hardware:
-    """The device of that name. Raises SettingError with the nearest known name."""
-    by_name = {known.lower(): device for known, device in DEVICES.items()}
-    if name.lower() in by_name:
-        return by_name[name.lower()]
-    for known, device in by_name.items():
-        if known in name.lower():
-            return replace(device, name=name)
-    raise SettingError(
-        "hardware", got=repr(name), expected=f"one of {', '.join(DEVICES)}", mend=did_you_mean(name, DEVICES)
-    )
+    """The device of that name, alone or as a word of a longer one, such as "NVIDIA A100-SXM4-80GB".
+
+    Raises SettingError with the nearest known name.
+    """
+    found = known_in(name)
+    if found is not None:
+        return found if found.name.lower() == name.lower() else replace(found, name=name)
+    raise SettingError("hardware", got=repr(name), expected=f"one of {', '.join(DEVICES)}", mend=nearest(name, DEVICES))
+
+
+def known_in(name: str) -> Hardware | None:
+    """The known device whose name is in ``name`` as whole words: an A1000 is no A100, and a GH200 no H200."""
+    words = (rf"(?<![a-z0-9]){device.name.lower()}(?![a-z0-9])" for device in DEVICES.values())
+    return next((d for d, word in zip(DEVICES.values(), words, strict=True) if re.search(word, name.lower())), None)
 
 
 def save(device: Hardware, path: pathlib.Path) -> None:
@@ -80,5 +85,7 @@ def load(path: pathlib.Path) -> Hardware:
         return Hardware(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise SettingError(
-            "hardware", got=f"{path}: {error}", expected="a file that `flexsparse hardware --save` wrote"
+            "hardware",
+            got=f"'{path}': {getattr(error, 'strerror', None) or error}",
+            expected="a file that `flexsparse hardware --save` wrote",
         ) from error

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from flexsparse.hardware import DEVICES, Hardware, find
+from flexsparse.hardware import DEVICES, Hardware, known_in
 
 _SECONDS = 0.5
 
@@ -28,10 +28,10 @@ def measure_hardware(device: torch.device | str | None = None) -> Hardware:
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source), where)
     name = torch.cuda.get_device_name(where) if on_gpu else "CPU"
-    known = next((d for d in DEVICES.values() if d.name.lower() in name.lower()), DEVICES["H100" if on_gpu else "CPU"])
+    known = known_in(name) or DEVICES["H100" if on_gpu else "CPU"]
     processors = torch.cuda.get_device_properties(where).multi_processor_count if on_gpu else torch.get_num_threads()
     return replace(
-        find(known.name),
+        known,
         name=name,
         matrix_tflops=round(2 * size**3 / product / 1e12, 3),
         bandwidth_gbs=round(2 * source.numel() * 4 / copy / 1e9, 1),

@@ -57,9 +57,11 @@ def parse(source: str, captured: Mapping[str, language.Captured] | None = None) 
     try:
         tree = ast.parse(source.strip(), mode="eval")
     except SyntaxError as error:
+        # Python gives no place to what ends too early.
+        at = f"at column {error.offset}" if error.offset else "where it ends"
         raise ParseError(
             f"expression {source!r}",
-            got=f"{error.msg} at column {error.offset or 0}",
+            got=f"{error.msg} {at}" if source.strip() else "no text",
             expected="an expression such as causal & sliding_window(512)",
             column=error.offset or 0,
         ) from None

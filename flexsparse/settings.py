@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 
 # Queries of a chunk, whose selected keys are gathered together: those in the slots as the chunk starts.
 CHUNK = 64
@@ -37,7 +37,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            hint = did_you_mean(str(self.backend), BACKENDS)
+            hint = nearest(str(self.backend), BACKENDS)
             raise SettingError(
                 "backend", got=repr(self.backend), expected=f"one of {', '.join(map(repr, BACKENDS))}", mend=hint
             )

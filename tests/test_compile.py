@@ -96,7 +96,7 @@ def test_a_plan_needs_shapes(ask: Any) -> None:
         ask(fs.compile("causal"))
     assert str(caught.value) == (
         "plan: got a compiled pattern that has met no shapes, expected a call, or bind(q_len=..., head_dim=..., ...). "
-        "Call it once, or pass shapes: explain(q_len=4096, head_dim=64, heads=8)."
+        "Call it once, or give shapes first: bind(q_len=4096, head_dim=64, heads=8)."
     )
 
 

@@ -66,6 +66,20 @@ def test_devices_are_found_by_name_and_mistakes_named() -> None:
         hardware.find("X100")
 
 
+@pytest.mark.parametrize("name", ["H1000", "GH200 480GB", "NVIDIA A100X", "RTX 40900"])
+def test_a_device_is_found_by_whole_words_only(name: str) -> None:
+    with pytest.raises(SettingError, match=rf"hardware: got '{name}'"):
+        hardware.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("B200", "B200")]
+)
+def test_a_device_is_found_by_a_longer_name(name: str, known: str) -> None:
+    found = hardware.find(name)
+    assert (found.name, found.matrix_tflops) == (name, hardware.DEVICES[known].matrix_tflops)
+
+
 def test_a_measurement_is_saved_and_read_back(tmp_path: pathlib.Path) -> None:
     device = measure_hardware("cpu")
     assert device.matrix_tflops > 0

@@ -35,6 +35,7 @@ main = CommandGroup(
       0    done, and where something was checked, it held
       1    a check failed: a result differs from the oracle
       2    a mistake in the command: the message says which and how to mend it
+      3    an error that flexsparse did not foresee, with its traceback
       130  interrupted with Ctrl-C
 
     Every command takes --json, which prints JSON and nothing else to standard output; notes and progress go to

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 
 V = TypeVar("V", bound=Any)
 
@@ -41,7 +41,7 @@ def read_against(view: V, other: str | None, against: tuple[str, ...]) -> V:
         if not equals or name not in known:
             raise SettingError(
                 "--against", got=repr(setting), expected=f"NAME=VALUE, NAME one of {', '.join(known)}",
-                mend=did_you_mean(name, known) if name not in known else "",
+                mend=nearest(name, known) if name not in known else "",
             )  # fmt: skip
         if name in _OF_VIEW:
             changed[name] = value

@@ -159,13 +159,13 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _groups(text: str) -> tuple[str, ...]:
-    from flexsparse.errors import SettingError, did_you_mean
+    from flexsparse.errors import SettingError, nearest
 
     known = ("sdpa", "flex", "others")
     names = [] if text == "none" else [part.strip() for part in text.split(",")]
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, (*known, "none"))
+            hint = nearest(name, (*known, "none"))
             raise SettingError("--peers", got=repr(name), expected=f"some of {', '.join(known)}, or none", mend=hint)
     return tuple(names)
 

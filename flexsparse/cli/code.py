@@ -90,7 +90,7 @@ def command(
       flexsparse code "sliding_window(512)" --stage triton --diff "sliding_window(512) + alibi()"
       flexsparse code "sparsek_window(512, 512)" --stage plan --device cuda --against backend=flex
     """
-    shared.check_folder("--out", out)
+    shared.check_out("--out", out)
     view, output = _View(expression, stage, target, given), _Output(out, as_json, not no_pager)
     if other is None and not against:
         _show(view, full, output)

@@ -35,12 +35,12 @@ def command(shell: str, as_json: bool) -> None:
       eval "$(flexsparse completion zsh)"      in ~/.zshrc, behind compinit
       flexsparse completion fish | source      in ~/.config/fish/config.fish
     """
-    from flexsparse.errors import SettingError, did_you_mean
+    from flexsparse.errors import SettingError, nearest
 
     kind = get_completion_class(shell) if shell in _SHELLS else None
     if kind is None:
-        hint = did_you_mean(shell, _SHELLS)
-        raise SettingError("SHELL", got=repr(shell), expected="bash, zsh or fish", mend=hint if "mean" in hint else "")
+        hint = nearest(shell, _SHELLS)
+        raise SettingError("SHELL", got=repr(shell), expected="bash, zsh or fish", mend=hint)
     # The class's own source() starts bash for its version; the script is the same.
     script = ShellComplete.source(kind(click.Group(), {}, "flexsparse", "_FLEXSPARSE_COMPLETE"))
     if as_json:

@@ -143,7 +143,7 @@ def _bars(
 ) -> list[Text]:
     """A line as columns at its x that rise from ``low``, ``tall`` characters high; a gap where there is no value.
 
-    Of points that share a column the first with a value is drawn.
+    Of points that share a column the first with a value is drawn; a column between two with values has the earlier's.
     """
     bars = _ASCII_EIGHTHS if render.is_plain(console) else _EIGHTHS
     rows = [Text() for _ in range(tall)]
@@ -152,9 +152,12 @@ def _bars(
     columns = min(max(width, 8), round(span / least) + 1)
     times = max(1, width // columns)
     shown: dict[int, float] = {}
-    for place, y in zip(x, line.y, strict=True):
-        if not math.isnan(y):
-            shown.setdefault(round((place - x[0]) / span * (columns - 1)), y)
+    at = [round((place - x[0]) / span * (columns - 1)) for place in x]
+    for n, y in enumerate(line.y):
+        until = at[n + 1] if n + 1 < len(at) and not math.isnan(line.y[n + 1]) else at[n] + 1
+        for column in range(at[n], max(until, at[n] + 1)):
+            if not math.isnan(y):
+                shown.setdefault(column, y)
     for column in range(columns):
         y = shown.get(column, math.nan)
         part = 0.0 if high == low else (min(max(y, low), high) - low) / (high - low)

@@ -90,7 +90,7 @@ def command(
 
 def _check_files(files: dict[str, str | None], device_name: str | None) -> None:
     for option, path in files.items():
-        shared.check_folder(option, path)
+        shared.check_out(option, path)
         if path is not None and device_name is None:
             raise SettingError(
                 option, got="no --hardware", expected="a device whose roof to draw", mend="Such as --hardware H100."

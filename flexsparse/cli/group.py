@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ import click
 
 from flexsparse.errors import BackendNotice, FlexsparseError, did_you_mean
 
-OK, MISMATCH, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, MISMATCH, USAGE, DEFECT, INTERRUPTED = 0, 1, 2, 3, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CommandGroup(click.Group):
@@ -48,9 +51,21 @@ class CommandGroup(click.Group):
             code = USAGE
         except (click.Abort, KeyboardInterrupt):
             code = INTERRUPTED
+        except Exception as error:  # noqa: BLE001
+            code = _unexpected(error)
         with whole_or_not():
             sys.stdout.flush()
         sys.exit(code)
+
+
+def _unexpected(error: Exception) -> int:
+    """Say what nobody foresaw, with its traceback; its code is not that of a check that failed."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        discard_output()
+        click.echo(f"Error: {error.strerror}: not all of the output could be written.", err=True)
+        return USAGE
+    traceback.print_exception(error)
+    return DEFECT
 
 
 @contextmanager

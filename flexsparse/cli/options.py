@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flexsparse.cli.group import whole_or_not
-from flexsparse.errors import DeviceError, SettingError, did_you_mean
+from flexsparse.errors import DeviceError, SettingError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -88,10 +90,8 @@ def read_dtype(name: str) -> torch.dtype:
 
     full = next((n for n, short in DTYPES.items() if name == n or name in short), None)
     if full is None:
-        hint = did_you_mean(name, DTYPES)
-        raise SettingError(
-            "--dtype", got=repr(name), expected=", ".join(DTYPES), mend=hint if hint.startswith("Did") else ""
-        )
+        hint = nearest(name, DTYPES)
+        raise SettingError("--dtype", got=repr(name), expected=", ".join(DTYPES), mend=hint)
     dtype: torch.dtype = getattr(torch, full)
     return dtype
 
@@ -106,7 +106,7 @@ def read_device(name: str, *, exists: bool = True) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         known = ("cpu", "cuda")
-        hint = did_you_mean(name, known)
+        hint = nearest(name, known)
         raise DeviceError("--device", got=repr(name), expected="cpu, cuda or cuda:N", mend=hint) from None
     if exists and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -137,7 +137,7 @@ def read_zoom(text: str, length: int) -> tuple[range, range]:
 
 
 def check_out(option: str, path: str | None) -> None:
-    """Refuse what is no file, or lies in no folder, before any work is done for it. Raises SettingError."""
+    """Refuse a place where no file can be written, before any work is done for it. Raises SettingError."""
     if path is None:
         return
     place = pathlib.Path(path).resolve()
@@ -145,6 +145,8 @@ def check_out(option: str, path: str | None) -> None:
         raise SettingError(option, got=repr(path), expected="a file in a directory that exists")
     if place.exists() and not place.is_file():
         raise SettingError(option, got=repr(path), expected="a file, neither a directory nor a device")
+    if not os.access(place.parent, os.W_OK):
+        raise _unwritable(option, path, os.strerror(errno.EACCES))
 
 
 def write_out(option: str, path: str, content: str | bytes) -> None:
@@ -155,8 +157,11 @@ def write_out(option: str, path: str, content: str | bytes) -> None:
         # A link stays one, and what it leads to is written.
         write_whole(pathlib.Path(path).resolve(), content)
     except OSError as error:
-        got = f"{path!r}: {error.strerror or error}"
-        raise SettingError(option, got=got, expected="a file in a folder that can be written") from error
+        raise _unwritable(option, path, error.strerror or str(error)) from error
+
+
+def _unwritable(option: str, path: str, why: str) -> SettingError:
+    return SettingError(option, got=f"{path!r}: {why}", expected="a file in a folder that can be written")
 
 
 def print_json(data: Any) -> None:
@@ -172,9 +177,3 @@ def finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def check_folder(option: str, path: str | None) -> None:
-    """Raises SettingError where no file can be at ``path``, before any work is done for it."""
-    if path is not None and not pathlib.Path(path).resolve().parent.is_dir():
-        raise SettingError(option, got=repr(path), expected="a file in a directory that exists")

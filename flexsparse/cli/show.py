@@ -20,9 +20,9 @@ from flexsparse.cli import options as shared
 )
 @click.option("--zoom", metavar="Q0:Q1,KV0:KV1", help="Show single pairs of these queries and keys.")
 @click.option("--heads", type=shared.POSITIVE, default=None, help="Query heads.  [default: 4, or as per_head needs]")
-@click.option("--head", type=click.IntRange(min=0), default=0, show_default=True, help="The head to show.")
+@click.option("--head", type=click.IntRange(min=0), default=None, help="The head to show.  [default: 0]")
 @click.option("--scores", metavar="[NAME=]FILE", multiple=True, help=".pt or .npy: scores [H, S] of a selection.")
-@click.option("--raw", type=float, default=0.0, show_default=True, help="The raw score that --view score starts from.")
+@click.option("--raw", type=float, default=None, help="The raw score that --view score starts from.  [default: 0.0]")
 @click.option("--query", type=click.IntRange(min=0), default=None, help="The query of the curves of --view score.")
 @click.option("--cells", type=click.IntRange(8, 1024), default=None, help="Cells a side.  [default: 32; in files 256]")
 @click.option("--out", metavar="FILE", help="Write a .svg, a .png or an .html page instead.")
@@ -62,6 +62,7 @@ def command(expression: str, as_json: bool, **given: Any) -> None:
         from flexsparse.pictures.figure import check_path
 
         path = check_path(given["out"])
+        shared.check_out("--out", given["out"])
     with render.working("Compiling the pattern"):
         shown = draw(expression, given, with_reasons=path is not None or as_json)
         if path is not None:

@@ -10,7 +10,7 @@ import flexsparse
 from flexsparse.cli import options as shared
 from flexsparse.cli import render
 from flexsparse.cli.show_scores import given_scores
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 from flexsparse.example_inputs import describe, example_captured, fitting_heads
 from flexsparse.pictures.curves import head_names, score_curves
 from flexsparse.pictures.elements import gate_pictures, score_picture
@@ -48,12 +48,10 @@ def draw(expression: str, given: dict[str, Any], *, with_reasons: bool) -> Shown
     """The figure of a request, from the options of ``show`` by name. Raises what a call with its tensors would."""
     view = given["view"]
     if view not in VIEWS:
-        hint = did_you_mean(view, VIEWS)
-        raise SettingError("--view", got=repr(view), expected=", ".join(VIEWS), mend=hint if "mean" in hint else "")
-    if given["zoom"] is not None and view == "selection":
-        raise SettingError("--zoom", got="one for --view selection", expected="another view, as this one has no pairs")
-    if given["query"] is not None and (view != "score" or given["zoom"] is not None):
-        raise SettingError("--query", got="one without curves", expected="--view score without --zoom")
+        hint = nearest(view, VIEWS)
+        raise SettingError("--view", got=repr(view), expected=", ".join(VIEWS), mend=hint)
+    _refuse_unused(given)
+    given = given | {"raw": given["raw"] or 0.0, "head": given["head"] or 0}
     if not math.isfinite(given["raw"]):
         raise SettingError("--raw", got=str(given["raw"]), expected="a finite score")
     drawn, example = _drawable(expression, given)
@@ -74,6 +72,23 @@ def draw(expression: str, given: dict[str, Any], *, with_reasons: bool) -> Shown
         "example_data": example,
     }
     return Shown(Figure(expression, tuple(facts), tuple(panels), (*notes, *example)), request)
+
+
+def _refuse_unused(given: dict[str, Any]) -> None:
+    """Raises SettingError for an option that the view would ignore."""
+    view, in_pairs = given["view"], given["zoom"] is not None
+    curves = view == "score" and not in_pairs
+    wanted = {
+        "zoom": (view != "selection", "another view, as this one has no pairs"),
+        "query": (curves, "--view score without --zoom"),
+        "raw": (view == "score", "--view score, which starts from it"),
+        "block": (_in_tiles(given), "--view tiles or heads, without --zoom"),
+        "head": (view != "heads" and not curves, "a view of one head: this one has all of them"),
+    }
+    for name, (used, expected) in wanted.items():
+        if given[name] is not None and not used:
+            got = f"one for --view {view}" + (" with --zoom" if in_pairs and name != "zoom" else "")
+            raise SettingError(f"--{name}", got=got, expected=expected)
 
 
 def _drawable(expression: str, given: dict[str, Any]) -> tuple[Drawable, list[str]]:
@@ -211,7 +226,7 @@ _PANELS = {"tiles": _tiles, "heads": _heads, "score": _score, "gate": _gate, "se
 def _caption(given: dict[str, Any], drawn: Drawable, panel: Panel) -> str:
     length, block, heads = drawn.shapes.q_len, drawn.bound.tiles.block, drawn.shapes.heads
     cells = ""
-    what = f"{length} queries x {length} keys"
+    what = f"{length:,} queries x {length:,} keys"
     if isinstance(panel, Grid):
         high, wide = panel.picture.cell
         if panel.unit == "pairs":

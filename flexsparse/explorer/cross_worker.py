@@ -14,6 +14,8 @@ import sys
 import tempfile
 from typing import Any
 
+from flexsparse.explorer.failures import cause_in_words
+
 
 def main(folder: pathlib.Path) -> None:
     """Write ``0.json``, ``1.json``, ... for the kernels of ``order.json``."""
@@ -25,8 +27,7 @@ def main(folder: pathlib.Path) -> None:
         try:
             found = _compile(kernel, order["target"], folder)
         except Exception as error:  # noqa: BLE001  Whatever it is, it becomes the message of an error.
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            found = {"error": f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"}
+            found = {"error": cause_in_words(error)}
         path = folder / f"{number}.json"
         path.with_suffix(".part").write_text(json.dumps(found))
         os.replace(path.with_suffix(".part"), path)

@@ -28,13 +28,16 @@ _COMMUTE = ("add", "mul", "and", "or", "xor", "eq", "ne", "minimum", "maximum")
 _SAME_NAME = ("abs", "exp", "exp2", "log", "log2", "sqrt", "tanh", "cos", "sigmoid", "minimum", "maximum", "where")
 
 
-def mark_flex(text: str, pattern: Node, program: Program) -> MarkedText:
-    """The text of Inductor's kernels for ``program``, which ``pattern`` became, with its marks."""
-    return MarkedText(tuple(_Marker(pattern, program).lines(text)))
+def mark_flex(text: str, pattern: Node, program: Program, *, in_order: bool = True) -> MarkedText:
+    """The text of Inductor's kernels for ``program``, which ``pattern`` became, with its marks.
+
+    Where positions do not stand ``in_order`` the text's q and kv are not the program's, and nothing is read back.
+    """
+    return MarkedText(tuple(_Marker(pattern, program, in_order).lines(text)))
 
 
 class _Marker:
-    def __init__(self, pattern: Node, program: Program) -> None:
+    def __init__(self, pattern: Node, program: Program, in_order: bool) -> None:
         self._origins = Origins(pattern, program)
         gates = [g for g in (program.gate_k, program.gate_v, program.gate_logit) if not isinstance(g, Constant)]
         self._touched = program.has_score or bool(gates)
@@ -46,7 +49,7 @@ class _Marker:
                 key: n
                 for whole in nodes
                 for n in walk(whole)
-                if not isinstance(n, Constant | Symbol) and (key := _key(n)) is not None
+                if in_order and not isinstance(n, Constant | Symbol) and (key := _key(n)) is not None
             }
             for section, nodes in self._whole.items()
         }

@@ -17,8 +17,9 @@ from flexsparse import _dynamo, _inductor
 from flexsparse.compiler import compile
 from flexsparse.errors import BackendError
 from flexsparse.example_inputs import example_call
+from flexsparse.explorer.failures import cause_in_words, cause_of
 from flexsparse.explorer.flex import Order
-from flexsparse.pipeline import Bound, bind_call, compile_pattern
+from flexsparse.pipeline import bind_call, compile_pattern
 
 
 def main(folder: pathlib.Path) -> None:
@@ -30,9 +31,9 @@ def main(folder: pathlib.Path) -> None:
         capture = _captured(order)
         found = {"forward": capture.forward, "backward": capture.backward, "graph": capture.graphs}
     except Exception as error:  # noqa: BLE001
-        # Running the pattern has put what the compiler said into an error of its own.
-        said = error.got if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
-        found = {"error": [next(line for line in said.splitlines() if line.strip())[:300]]}
+        cause = cause_of(error)
+        # An error of our own says what it got, and is about this call.
+        found = {"error": [cause.got if isinstance(cause, BackendError) else cause_in_words(cause)]}
     (folder / "texts.json").write_text(json.dumps(found))
 
 
@@ -74,7 +75,7 @@ def _captured(order: Order) -> _inductor.Capture:
         _inductor.cpu_for_gpu(),
         unittest.mock.patch.object(_dynamo, "inductor", capture),
     ):
-        run = Bound(buffers, bound.tiles, order.plan, bound.program)
+        run = replace(bound, buffers=buffers, plan=order.plan)
         out, lse = attention.runner.run(run, shapes.head_dim**-0.5, operands, carried)
         if shapes.needs_grad:
             results = [out, lse] if carried else [out]

@@ -124,9 +124,14 @@ def table(found: Sequence[Resources], target: Target) -> str:
         made.append([one.kernel, *(f"{one.instructions[name]:,}" for name in counted), f"{loads} B"])
     note = f"on {target.name}: registers and bytes of stack a thread, shared bytes a block"
     note += ", blocks a multiprocessor" if target.is_nvidia else ""
-    return "\n".join(
-        [*_aligned(taken), "", *_aligned(made), "", f"{note}.", "Instructions and loads as they stand in the text."]
-    )
+    unfit = [
+        f"{one.kernel} does not fit: {one.shared:,} bytes of shared memory, where {target.name} gives a block "
+        f"{target.shared_block:,}. A call there tries smaller kernel_options, unless it names some."
+        for one in found
+        if one.blocks == 0
+    ]
+    notes = [f"{note}.", "Instructions and loads as they stand in the text.", *unfit]
+    return "\n".join([*_aligned(taken), "", *_aligned(made), "", *notes])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,7 +30,7 @@ from flexsparse.settings import Settings
 SOURCES = ("triton", "triton-backward")
 COMPILED = ("ttir", "ttgir", "llvm", "ptx", "sass", "amdgcn")
 KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources", "cpp")
-_BY_FLEX = ("flex", "gather_flex")
+_BY_FLEX = ("flex", "gather_flex", "residue_flex")
 _ELSEWHERE = {"ptx": "amdgcn", "sass": "amdgcn", "amdgcn": "ptx"}
 
 
@@ -68,14 +68,24 @@ def _marked_source(
     plan = _plan(compiled, settings, replace(shapes, needs_grad=shapes.needs_grad or backward))
     kernels = _kernels(compiled, settings, plan, target)
     text = source_of([kernel for kernel in kernels if kernel.backward == backward])
+    legend: tuple[str, ...] = LEGEND
     if plan.backend == "gather":
         marked = mark_gathered(text, pattern, compiled.program.printed)
     else:
         program, over_rows = compiled.program.printed, plan.backend == "gather_flex"
-        marked = mark_flex(text, pattern, program_of_rows(program) if over_rows else program)
+        by_residue = plan.backend == "residue_flex"
+        legend += _of_residues(compiled) if by_residue else ()
+        marked = mark_flex(text, pattern, program_of_rows(program) if over_rows else program, in_order=not by_residue)
     # Behind the launches, which stand above the code.
     head = next(n for n, (line, _) in enumerate(marked.lines) if not line)
-    return MarkedText((*marked.lines[:head], *((line, None) for line in LEGEND), *marked.lines[head:]))
+    return MarkedText((*marked.lines[:head], *((line, None) for line in legend), *marked.lines[head:]))
+
+
+def _of_residues(compiled: Compiled) -> tuple[str, ...]:
+    """What q, kv and b are in kernels over positions that are reordered by residue class."""
+    d, rest = compiled.residues.modulus, compiled.residues.rest
+    said = f"# q and kv count within a residue class modulo {d}; row b is class b % {d} of row b // {d}"
+    return (f"{said}.",) if rest is None else (f"{said}.", "# Other kernels take pairs of two classes, in order.")
 
 
 def _plan(compiled: Compiled, settings: Settings, shapes: Shapes) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ def find_target(name: str) -> Target:
     """The target of that name. Raises SettingError with the nearest known one."""
     if name not in TARGETS:
         raise SettingError(
-            "target", got=repr(name), expected=f"one of {', '.join(TARGETS)}", mend=did_you_mean(name, TARGETS)
+            "target", got=repr(name), expected=f"one of {', '.join(TARGETS)}", mend=nearest(name, TARGETS)
         )
     return TARGETS[name]

@@ -18,7 +18,7 @@ from flexsparse.errors import (
     ExpressionError,
     SettingError,
     ShapeError,
-    did_you_mean,
+    nearest,
 )
 from flexsparse.expression import Index, Pattern
 from flexsparse.ir.nodes import GATES, SelectionNode
@@ -28,7 +28,7 @@ from flexsparse.nn.rotary import rotate, turns
 from flexsparse.nn.scorer import Scorer
 from flexsparse.parser import parse
 from flexsparse.patterns.sparsek_window import sparsek_window
-from flexsparse.row_lengths import check_lengths, names_lengths, padding_of
+from flexsparse.row_lengths import LENGTHS, check_lengths, names_lengths, padding_of
 from flexsparse.runtime.numbers import split_numbers
 
 Composer = Callable[[Pattern], Pattern]
@@ -101,7 +101,7 @@ class SparseKAttention(nn.Module):
         _refuse_dropout(dropout)
         if gate not in GATES:
             expected = f"one of {', '.join(map(repr, GATES))}"
-            raise SettingError("gate", got=repr(gate), expected=expected, mend=did_you_mean(str(gate), GATES))
+            raise SettingError("gate", got=repr(gate), expected=expected, mend=nearest(str(gate), GATES))
         slope = 1 / (2 * k) if position_slope is None else position_slope
         _check_number("position_slope", slope, zero=not learnable_slope)
         _check_number("rope_base", rope_base, zero=False)
@@ -172,22 +172,35 @@ class SparseKAttention(nn.Module):
 
     @torch.no_grad()
     def diagnose(
-        self, x: Tensor, *, positions: Tensor | None = None, **captured: Tensor | int | float
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        **captured: Tensor | int | float,
     ) -> SelectionDiagnostics:
         """What the selection does on x, without running the attention: see ``SelectionDiagnostics``.
 
-        Takes what ``forward`` takes, and reads of it x and the selection's segments. A pattern with several
-        selections by the module's scores is described by the first. Raises ShapeError, DtypeError, DeviceError,
-        CapturedError without the segments, and what ``flexsparse.ops.causal_select`` raises.
+        Takes what ``forward`` takes, and reads of it x, the lengths and the selection's segments: what stands behind a
+        row's length, NaN too, is not read and counts nowhere. A pattern with several selections by the module's scores
+        is described by the first. Raises ShapeError, DtypeError, DeviceError, CapturedError without the segments, and
+        what ``flexsparse.ops.causal_select`` raises.
         """
         self._check_input(x)
+        ends: Tensor | None = None
+        if lengths is not None and names_lengths(self.pattern.node):
+            captured[LENGTHS] = lengths
+        elif lengths is not None:
+            ends = check_lengths(lengths, len(x), x.shape[1], x.device, validate=self.validate)
+            padding = padding_of(ends, x.shape[1], x.shape[1])
+            x, captured = x.masked_fill(padding.keys.unsqueeze(-1), 0.0), padding.given(captured, self.pattern.node)
         numbers, tensors = split_numbers(scalars_of(self.pattern.node), captured)
         selection = _own_selection(self.attention.with_values(**dict(numbers))) if numbers else self.selection
         name = selection.segments
         if name is not None and name not in tensors:
             raise CapturedError(name, got="nothing", expected="segment ids", mend=f"Pass {name}=... to the call.")
         segments = None if name is None else tensors[name]
-        return diagnose(self.scorer(x), self.scorer.content(x), selection, segments)
+        return diagnose(self.scorer(x), self.scorer.content(x), selection, segments, ends)
 
     def extra_repr(self) -> str:
         rope = f"rope_base={self.rope_base:g}" if self.rope else "rope=False"

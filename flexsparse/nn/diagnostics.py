@@ -41,17 +41,27 @@ class SelectionDiagnostics:
 
 
 @torch.no_grad()
-def diagnose(u: Tensor, content: Tensor, selection: SelectionNode, segments: Tensor | None) -> SelectionDiagnostics:
+def diagnose(
+    u: Tensor, content: Tensor, selection: SelectionNode, segments: Tensor | None, lengths: Tensor | None = None
+) -> SelectionDiagnostics:
     """The diagnostics of scores u [B, kv_heads, S], of which ``content`` is u without the slope.
 
-    ``segments`` [S] or [B, S] are the ids that the selection names. Raises what ``flexsparse.ops.causal_select`` does.
+    ``segments`` [S] or [B, S] are the ids that the selection names. ``lengths`` [B], integers in u's device, are how
+    many positions of each row count: no query and no key stands behind them. Raises what
+    ``flexsparse.ops.causal_select`` does.
     """
+    ends = torch.full(u.shape[:1], u.shape[2], device=u.device) if lengths is None else lengths
+    real = torch.arange(u.shape[2], device=u.device) < ends[:, None, None]
+    u = u.masked_fill(~real, -torch.inf)
     ids = segments.unsqueeze(1) if segments is not None and segments.dim() == 2 else segments
     thresholds, lifetimes = causal_select(u, selection.k, selection.after, ids)
     flat, tau = u.flatten(0, 1).double(), thresholds.tau.flatten(0, 1)
     rows = None if ids is None else ids.expand(u.shape).flatten(0, 1)
     ranges = ranges_of(flat, selection.after, rows)
-    birth, death = (x.flatten(0, 1).long() for x in (lifetimes.birth, lifetimes.death))
+    last = ends[:, None, None].expand(*u.shape[:2], 1).flatten(0, 1)
+    # What happens behind a row's end happens to nobody.
+    birth, death = (torch.minimum(x.flatten(0, 1).long(), last) for x in (lifetimes.birth, lifetimes.death))
+    stop = torch.minimum(ranges.end, last)
     # Kinks lie on the grid on which thresholds are found: rounded as they are, what meets there meets here.
     finite = torch.isfinite(flat)
     grid = on_grid(flat, finite)
@@ -60,10 +70,10 @@ def diagnose(u: Tensor, content: Tensor, selection: SelectionNode, segments: Ten
         for values in (grid.values, grid.values - grid.unit)
     )
     # Thresholds never fall along a segment: a key leaves the support, and its gate leaves 1, once.
-    leaves = first_true(tau, birth, ranges.end, outside, strict=False)
-    loosens = first_true(tau, birth, ranges.end, full, strict=True)
+    leaves = first_true(tau, birth, stop, outside, strict=False)
+    loosens = first_true(tau, birth, stop, full, strict=True)
     selected = death - birth
-    candidates = thresholds.candidates.flatten(0, 1)
+    candidates = (thresholds.candidates * real).flatten(0, 1)
 
     def total(counts: Tensor) -> Tensor:
         return counts.reshape(u.shape).sum((0, 2), dtype=torch.float64)
@@ -71,8 +81,8 @@ def diagnose(u: Tensor, content: Tensor, selection: SelectionNode, segments: Ten
     def share(part: Tensor, whole: Tensor) -> Tensor:
         return (total(part) / total(whole).clamp(min=1)).float()
 
-    evicted = (selected > 0) & (death < ranges.end)
-    spread = content.double().var(-1, correction=0).mean(0).sqrt().float()
+    evicted = (selected > 0) & (death < stop)
+    spread = _spread(content.double(), real)
     return SelectionDiagnostics(
         support=share(leaves - birth, candidates > 0),
         saturated=share(torch.minimum(loosens, death) - birth, selected),
@@ -80,3 +90,12 @@ def diagnose(u: Tensor, content: Tensor, selection: SelectionNode, segments: Ten
         spread=spread,
         dead=spread < DEAD_SPREAD,
     )
+
+
+def _spread(content: Tensor, real: Tensor) -> Tensor:
+    """The root of the variance along a row, averaged over the rows that have any position: [kv_heads]."""
+    count = real.sum(-1, keepdim=True)
+    some = count.clamp(min=1)
+    mean = content.masked_fill(~real, 0.0).sum(-1, keepdim=True) / some
+    variance = (content - mean).square().masked_fill(~real, 0.0).sum(-1, keepdim=True) / some
+    return (variance.sum((0, 2)) / (count > 0).sum().clamp(min=1)).sqrt().float()

@@ -8,7 +8,7 @@ import pathlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexsparse.errors import SettingError, did_you_mean
+from flexsparse.errors import SettingError, nearest
 from flexsparse.pictures.curves import Curves
 from flexsparse.pictures.lifetimes import Lifetimes
 from flexsparse.pictures.mask import Picture
@@ -96,13 +96,11 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def check_path(out: str) -> pathlib.Path:
-    """The file that a figure is to be written to. Raises SettingError for its folder, or an unknown suffix."""
+    """The file that a figure is to be written to. Raises SettingError for an unknown suffix."""
     path = pathlib.Path(out)
     if path.suffix.lower() not in SUFFIXES:
-        hint = did_you_mean(path.suffix, SUFFIXES) if path.suffix else "For example --out mask.html."
+        hint = nearest(path.suffix, SUFFIXES) if path.suffix else "For example --out mask.html."
         raise SettingError("--out", got=repr(out), expected=f"a file ending in {', '.join(SUFFIXES)}", mend=hint)
-    if not path.resolve().parent.is_dir():
-        raise SettingError("--out", got=repr(out), expected="a file in a directory that exists")
     if path.suffix.lower() == ".png":
         from flexsparse.pictures.png import check_matplotlib
 

@@ -220,6 +220,14 @@ def test_check_fails_where_the_oracle_differs(invoke: Invoke, monkeypatch: pytes
     assert invoke("check", "causal() & sliding_window(4)", "--length", "17").code == 0
 
 
+def test_an_error_that_nobody_foresaw_is_no_failed_check(invoke: Invoke) -> None:
+    """torch divides by kv_len - 17, which is 0."""
+    answer = invoke("check", "causal() & (q // (kv_len - 17) < 3)", "--length", "17")
+    assert answer.code == 3
+    assert "Traceback" in answer.err
+    assert "ZeroDivisionError" in answer.err
+
+
 def test_check_fails_where_two_runs_differ(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     usual, runs = evaluate, itertools.count()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.cli.conftest import Invoke
@@ -35,7 +37,13 @@ MISTAKES = {
     ("show", "causal + alibi", "--view", "score", "--raw", "nan"): "--raw: got nan, expected a finite score.",
     ("show", "causal & ~causal + alibi", "--view", "score", "--query", "3"): "--query: got 3, which sees no key",
     ("show", "sparsek(2)", "--view", "selection", "--zoom", ":,:"): "--zoom: got one for --view selection",
-    ("show", "causal", "--query", "3"): "--query: got one without curves, expected --view score without --zoom.",
+    ("show", "causal", "--query", "3"): "--query: got one for --view tiles, expected --view score without --zoom.",
+    ("show", "causal", "--raw", "1"): "--raw: got one for --view tiles, expected --view score, which starts from it.",
+    ("show", "sparsek(2)", "--view", "gate", "--raw", "0"): "--raw: got one for --view gate, expected --view score",
+    ("show", "causal", "--zoom", ":,:", "--block", "64"): "--block: got one for --view tiles with --zoom, expected "
+    "--view tiles or heads, without --zoom.",
+    ("show", "causal", "--view", "heads", "--head", "1"): "--head: got one for --view heads, expected a view of one",
+    ("show", "causal + alibi", "--view", "score", "--head", "1"): "--head: got one for --view score, expected a view",
     ("show", "causal", "--out", "x.htm"): "expected a file ending in .svg, .png, .html. Did you mean '.html'?",
     ("show", "causal", "--out", "x"): "--out: got 'x', expected a file ending in .svg, .png, .html. For example",
     ("show", "causal", "--out", "no-such-folder/x.svg"): "expected a file in a directory that exists",
@@ -70,7 +78,12 @@ MISTAKES = {
     ("code", "causal", "--against", "length"): "--against: got 'length', expected NAME=VALUE",
     ("code", "causal", "--against", "heads=0"): "--against: got 'heads=0', expected a number of at least 1 as heads.",
     ("code", "causal", "--against", "grad=1"): "--against: got 'grad=1', expected yes or no as grad.",
-    ("code", "causal", "--out", "/"): "--out: got '/'",
+    ("code", "causal", "--out", "/"): "--out: got '/', expected a file, neither a directory nor a device.",
+    ("code", "causal", "--out", os.devnull): "expected a file, neither a directory nor a device.",
+    ("code", "causal", "--target", "sm90"): "target: got 'sm90', expected one of sm_80, sm_90, sm_100, gfx942.",
+    ("code", "causal &"): "expression 'causal &': got invalid syntax where it ends, expected an expression such as",
+    ("code", " "): "expression ' ': got no text, expected an expression such as causal & sliding_window(512).",
+    ("explain", "causal", "--hardware", "H100", "--png", "/"): "--png: got '/', expected a file, neither",
     ("check", "causal", "--dtype", "int8"): "--dtype: got 'int8'",
     ("check", "causal", "--length", "100000"): "--length: got 100000, expected at most 2048",
     ("check", "causal", "--kv-heads", "3", "--heads", "4"): "--kv-heads: got 3 for 4 query heads",
@@ -106,6 +119,22 @@ def test_message_and_code(arguments: tuple[str, ...], message: str, invoke: Invo
 def test_json_of_a_mistake_leaves_standard_output_empty(invoke: Invoke) -> None:
     answer = invoke("check", "causall", "--json")
     assert (answer.code, answer.out) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("code", "causal", "--out"), ("bench", "causal", "--save"), ("explain", "causal", "--hardware", "H100", "--html")],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    arguments: tuple[str, ...], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    answer = invoke(*arguments, "x")
+    assert answer.code == 2
+    assert answer.err == (
+        f"Error: {arguments[-1]}: got 'x': Permission denied, expected a file in a folder that can be written.\n"
+    )
 
 
 def test_an_empty_file(invoke: Invoke, tmp_path: object) -> None:

@@ -67,6 +67,14 @@ def test_numbers_of_a_corner(invoke: Invoke) -> None:
     ]
 
 
+def test_a_curve_has_no_gap_where_every_key_is_seen(invoke: Invoke) -> None:
+    """1,024 keys at 64 points: not every distance between two is the same."""
+    lines = invoke("show", "causal() + alibi()", "--view", "score", "--length", "1024").out.splitlines()
+    rows = [line[8:].rstrip() for line in lines if "#" in line or "\u2588" in line]
+    assert len(rows) == 4 * 4
+    assert not [row for row in rows if " " in row]
+
+
 def test_a_curve_leaves_a_gap_where_no_key_is_seen(invoke: Invoke) -> None:
     text = "causal() & (sliding_window(8) | sinks(8)) + alibi()"
     lines = invoke("show", text, "--length", "64", "--view", "score", "--heads", "1").out.splitlines()

@@ -61,6 +61,7 @@ def test_help_documents_commands_and_exit_codes() -> None:
     for name in ("list", "show", "explain", "code", "check", "demo"):
         assert f"\n  {name} " in text
     assert "130  interrupted" in text
+    assert "3    an error that flexsparse did not foresee" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -206,3 +207,15 @@ def test_a_reader_that_leaves_changes_nothing() -> None:
     process.stderr.close()
     assert process.wait(60) == 0
     assert err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+@pytest.mark.parametrize("arguments", [("code", "causal"), ("code", "causal", "--json"), ("show", "causal")])
+def test_output_that_has_no_room_is_an_error_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "flexsparse", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=120, check=False,
+        )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr == "Error: No space left on device: not all of the output could be written.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from flexsparse.compiler import CompiledAttention
 from flexsparse.errors import BackendError, NotBoundError, SettingError
 from flexsparse.explorer import cross
 from flexsparse.explorer.kernel import Kernel, only
-from flexsparse.explorer.resources import loads_of
+from flexsparse.explorer.resources import Resources, loads_of, table
 from flexsparse.explorer.targets import TARGETS, find_target
 
 BACKWARD = {"row_products", "slot_gradient_0", "join_spans_0", "query_gradient", "key_gradient"}
@@ -89,12 +90,12 @@ def test_resources_of_forward_and_backward() -> None:
     # 4 warps a block, of 64.
     assert forward.occupancy == 3 * 4 / 64
     assert forward.spills == 0
-    # Rows of keys come 16 bytes at a time, slots and deaths as single integers.
-    assert forward.loads[16] >= forward.loads[4] > 0
+    # Rows of keys come 16 bytes at a time, slots and deaths as single integers: more instructions in Triton 3.6.
+    assert 16 * forward.loads[16] >= 2 * 4 * forward.loads[4] > 0
     assert list(forward.loads) == sorted(forward.loads, reverse=True)
     taken, made, notes = attention.code("resources", "sm_90").split("\n\n")
-    for table in (taken, made):
-        assert [line.split()[0] for line in table.splitlines()[1:]] == list(found)
+    for rows in (taken, made):
+        assert [line.split()[0] for line in rows.splitlines()[1:]] == list(found)
     assert f"{forward.registers}" in taken.splitlines()[1].split()
     assert f"{forward.loads[16]} of 16, " in made.splitlines()[1]
     assert notes.startswith("on sm_90: registers")
@@ -133,6 +134,17 @@ def test_occupancy_is_what_the_tightest_limit_leaves() -> None:
     assert h100.occupancy(32, 0, 8) == 8
     assert h100.occupancy(16, 0, 1) == 32
     assert TARGETS["sm_80"].occupancy(255, 0, 4) == 2
+
+
+def test_a_kernel_that_does_not_fit_is_named() -> None:
+    target = TARGETS["sm_90"]
+    small = Resources("small", False, 64, 0, 0, 1024, 4, 2, 8, 0.5, {"atomics": 0}, {16: 1})
+    large = replace(small, kernel="large", shared=262_144, blocks=target.occupancy(64, 262_144, 4), occupancy=0.0)
+    assert "does not fit" not in table([small], target)
+    assert table([small, large], target).splitlines()[-1] == (
+        "large does not fit: 262,144 bytes of shared memory, where sm_90 gives a block 232,448. "
+        "A call there tries smaller kernel_options, unless it names some."
+    )
 
 
 def test_only_keeps_what_is_used_with_its_comments() -> None:
@@ -189,7 +201,7 @@ def kernel(name: str, when: str) -> Kernel:
 
 
 def test_what_the_compiler_refuses_is_an_error_with_its_kernel() -> None:
-    with pytest.raises(BackendError, match=r"kernel wrong: .*(missing|NameError|CompilationError)"):
+    with pytest.raises(BackendError, match=r"kernel wrong: CompilationError: NameError\('missing"):
         cross.compile_kernels([kernel("good", ""), kernel("wrong", "")], find_target("sm_80"))
 
 

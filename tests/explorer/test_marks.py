@@ -18,7 +18,7 @@ from flexsparse.ir.nodes import walk
 from flexsparse.ir.program import program_text
 
 generates = pytest.mark.skipif(
-    _torch.VERSION < (2, 13), reason=f"torch {_torch.VERSION} lacks private names that generating code takes"
+    _torch.VERSION < (2, 11), reason=f"torch {_torch.VERSION} lacks private names that generating code takes"
 )
 
 

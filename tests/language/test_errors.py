@@ -135,6 +135,11 @@ EXPRESSION: list[tuple[Callable[[], object], str]] = [
     (lambda: (kv < q) & "causal", f"operand of &: got 'causal', expected a mask or pattern. {CAPTURE_IT}"),
     (lambda: (kv < q) & None, f"operand of &: got None, expected a mask or pattern. {CAPTURE_IT}"),
     (
+        lambda: P["causal"]() + P["sinks"](4),
+        "the score added to a pattern: got sinks(4), a mask or pattern, expected a score. "
+        "Join patterns with & or |; where(mask, 1, 0) turns a mask into numbers.",
+    ),
+    (
         lambda: q + True,
         "operand of add: got True, a mask or pattern, expected a score. "
         "Use where(mask, 1, 0) to turn a mask into numbers.",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexsparse.errors import CapturedError, NonFiniteScoresError
+from flexsparse.errors import CapturedError, NonFiniteScoresError, ShapeError
 from flexsparse.ir.nodes import SelectionNode
 from flexsparse.language import topk
 from flexsparse.nn import Scorer, SparseKAttention
@@ -45,6 +45,11 @@ def exact_threshold(scores: Sequence[Fraction], k: int) -> Fraction | None:
 
 def looped(u: Tensor, k: int, after: int, ids: Tensor) -> dict[str, Tensor]:
     """Support, saturated share and turnover by head, from u [B, H, S] and ids [B, S], one query after the other."""
+    return {name: (part / of.clamp(min=1)).float() for name, (part, of) in counted(u, k, after, ids).items()}
+
+
+def counted(u: Tensor, k: int, after: int, ids: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """How many of how many each share is, by head."""
     heads = []
     for head in range(u.shape[1]):
         count = dict.fromkeys(("support", "pairs", "saturated", "evicted", "queries", "contested"), 0)
@@ -67,13 +72,13 @@ def looped(u: Tensor, k: int, after: int, ids: Tensor) -> dict[str, Tensor]:
                 before = best
         heads.append(count)
 
-    def share(part: str, whole: str) -> Tensor:
-        return torch.tensor([c[part] / max(c[whole], 1) for c in heads], dtype=torch.float64).float()
+    def of_heads(*names: str) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor([c[name] for c in heads], dtype=torch.float64) for name in names)
 
     return {
-        "support": share("support", "queries"),
-        "saturated": share("saturated", "pairs"),
-        "turnover": share("evicted", "contested"),
+        "support": of_heads("support", "queries"),
+        "saturated": of_heads("saturated", "pairs"),
+        "turnover": of_heads("evicted", "contested"),
     }
 
 
@@ -150,6 +155,49 @@ def test_a_pattern_that_changes_the_selection_is_followed() -> None:
     module = SparseKAttention(16, 4, 2, k=3, window=5, pattern=lambda p: p | topk(2, after=9), backend="chunked")
     assert [s.k for s in module.attention.ir.selections] == [3, 2]
     assert module.selection.k == 3
+
+
+@pytest.mark.parametrize("segments", [None, "doc"])
+def test_what_stands_behind_a_rows_length_counts_nowhere(segments: str | None) -> None:
+    """Rows of different length, together and with rubbish behind them, are the rows one after the other, cut."""
+    module = SparseKAttention(16, 4, 2, k=3, window=5, segments=segments, backend="chunked", dtype=torch.float64)
+    x, ends = torch.randn(4, 60, 16, dtype=torch.float64), (41, 60, 0, 9)
+    doc = torch.arange(60).expand(4, 60) // 25
+    rubbish, ids = x.clone(), doc.clone()
+    for row, end in enumerate(ends):
+        rubbish[row, end:], ids[row, end:] = torch.nan, -7
+    found = module.diagnose(rubbish, lengths=torch.tensor(ends), **({"doc": ids} if segments else {}))
+    counts = {name: torch.zeros(2, dtype=torch.float64) for name in ("support", "saturated", "turnover")}
+    whole = {name: torch.zeros(2, dtype=torch.float64) for name in counts}
+    squares = torch.zeros(2, dtype=torch.float64)
+    for row, end in enumerate(ends):
+        if not end:
+            continue
+        u = module.scorer(x[row : row + 1, :end]).detach()
+        given = doc[row : row + 1, :end] if segments else torch.zeros(1, end)
+        for name, (part, of) in counted(u, 3, 5, given).items():
+            counts[name] += part
+            whole[name] += of
+        squares += module.scorer.content(x[row : row + 1, :end]).detach().var(-1, correction=0)[0]
+    for name, part in counts.items():
+        assert torch.equal(getattr(found, name), (part / whole[name].clamp(min=1)).float()), name
+    torch.testing.assert_close(found.spread, (squares / 3).sqrt().float(), rtol=1e-6, atol=0)
+
+
+def test_lengths_of_nothing_and_wrong_ones() -> None:
+    module = SparseKAttention(8, 2, k=2, window=2, backend="chunked")
+    found = module.diagnose(torch.full((2, 6, 8), torch.nan), lengths=torch.zeros(2, dtype=torch.long))
+    assert [getattr(found, name).tolist() for name in FIELDS] == [[0.0, 0.0]] * 4 + [[True, True]]
+    with pytest.raises(ShapeError, match=r"^lengths: got shape \(3,\), expected a tensor \[2\]"):
+        module.diagnose(torch.zeros(2, 6, 8), lengths=torch.ones(3, dtype=torch.long))
+    with pytest.raises(ShapeError, match=r"^lengths: got lengths from 1 to 7, expected lengths from 0 to .* 6\.$"):
+        module.diagnose(torch.zeros(2, 6, 8), lengths=torch.tensor([1, 7]))
+
+
+def test_a_tensor_of_the_patterns_named_lengths_is_not_padding() -> None:
+    module = SparseKAttention(8, 2, k=2, window=2, pattern="padding", backend="chunked")
+    x = torch.randn(2, 30, 8)
+    assert str(module.diagnose(x, lengths=torch.tensor([4, 30]))) == str(module.diagnose(x))
 
 
 def test_no_candidate_gives_zeros() -> None:

@@ -38,9 +38,9 @@ def figure(view: str = "tiles", text: str = TEXT, **options: Any) -> Figure:
         "block": None,
         "zoom": None,
         "heads": None,
-        "head": 0,
+        "head": None,
         "scores": (),
-        "raw": 0.0,
+        "raw": None,
     }
     usual |= {"query": None, "cells": None, "out": "x.html", "seed": 0}
     return draw(text, {**usual, "view": view, **options}, with_reasons=True).figure
