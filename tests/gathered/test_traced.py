@@ -55,7 +55,7 @@ def differences(attention: Any, compiled: Any, call: Call) -> list[str]:
 
 
 def check_bits(attention: Any, call: Call, name: str) -> None:
-    """The bits of a call; where a tensor of scores serves two selections, a GPU adds up its gradients in other pairs."""
+    """The bits of a call; where scores serve two selections, a GPU adds up their gradients in other pairs."""
     compiled = whole(attention)
     if name == "same scores twice" and torch.cuda.is_available():
         wanted, got = evaluate(attention, call), evaluate(compiled, call)
