@@ -19,20 +19,20 @@ import torch._inductor.utils as _inductor_utils
 import torch._subclasses.fake_tensor as _fake_tensor
 import torch.utils._triton as _has_triton
 
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-_CUDA = "12.8"
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
+_CUDA, _HIP = "12.8", "6.4"
 
 
 class _Driver:
     """What Triton asks its driver for while code is generated."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         self.arch = arch
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.arch, 32) if isinstance(self.arch, int) else GPUTarget("hip", self.arch, 64)
 
     def get_current_device(self) -> int:
         return 0
@@ -53,33 +53,43 @@ class _Driver:
         return True
 
 
-def _properties(arch: int, shared_block: int) -> types.SimpleNamespace:
+def _properties(arch: int | str, shared_block: int) -> types.SimpleNamespace:
+    nvidia = isinstance(arch, int)
+    major, minor = _capability(arch)
     return types.SimpleNamespace(
-        name=f"a GPU of compute capability {arch // 10}.{arch % 10}",
-        major=arch // 10,
-        minor=arch % 10,
+        name=f"a GPU of compute capability {major}.{minor}" if nvidia else f"an AMD GPU, {arch}",
+        major=major,
+        minor=minor,
         multi_processor_count=_MULTIPROCESSORS[arch],
         regs_per_multiprocessor=65536,
         max_threads_per_multi_processor=2048,
         max_threads_per_block=1024,
-        warp_size=32,
+        warp_size=32 if nvidia else 64,
         total_memory=80 << 30,
-        shared_memory_per_block=48 << 10,
+        shared_memory_per_block=min(shared_block, (48 if nvidia else 64) << 10),
         shared_memory_per_block_optin=shared_block,
         shared_memory_per_multiprocessor=shared_block + 1024,
         is_integrated=0,
         is_multi_gpu_board=0,
-        gcnArchName="",
+        gcnArchName="" if nvidia else arch,
         L2_cache_size=50 << 20,
     )
 
 
+def _capability(arch: int | str) -> tuple[int, int]:
+    """What torch calls so; that of AMD's gfx942 is 9.4."""
+    return (arch // 10, arch % 10) if isinstance(arch, int) else (int(arch[3]), int(arch[4]))
+
+
 @contextlib.contextmanager
-def fake_gpu(arch: int, shared_block: int) -> Iterator[None]:
-    """For as long as it lasts, torch finds one CUDA device of compute capability ``arch`` (90 for 9.0)."""
+def fake_gpu(arch: int | str, shared_block: int) -> Iterator[None]:
+    """For as long as it lasts, torch finds one CUDA device of compute capability ``arch`` (90 for 9.0).
+
+    With the name of an AMD architecture this is a build of torch for ROCm, which calls its devices CUDA too.
+    """
     from triton.runtime.driver import driver
 
-    properties, capability = _properties(arch, shared_block), (arch // 10, arch % 10)
+    properties, capability = _properties(arch, shared_block), _capability(arch)
     answers: dict[str, Any] = {
         "is_available": True,
         "device_count": 1,
@@ -108,7 +118,10 @@ def fake_gpu(arch: int, shared_block: int) -> Iterator[None]:
         for name, answer in on_class.items():
             of = _interface.CudaInterface
             stack.enter_context(unittest.mock.patch.object(of, name, staticmethod(_always(answer)), create=True))
-        if torch.version.cuda is None:
+        if isinstance(arch, str):
+            stack.enter_context(unittest.mock.patch.object(torch.version, "hip", _HIP))
+            stack.enter_context(unittest.mock.patch.object(torch.version, "cuda", None))
+        elif torch.version.cuda is None:
             stack.enter_context(unittest.mock.patch.object(torch.version, "cuda", _CUDA))
         # A CUDA build would start the device for the first tensor that is said to be there.
         stack.enter_context(unittest.mock.patch.object(_fake_tensor, "init_gpu_context", _always(None)))

@@ -39,11 +39,11 @@ class _GeneratedError(Exception):
 class Capture:
     """A backend for torch.compile that keeps texts and computes nothing: of each graph, and Inductor's for both passes.
 
-    ``arch`` is the compute capability, 90 for 9.0, or None for C++ that runs on this CPU; ``training`` says that the
-    forward pass keeps what backward needs.
+    ``arch`` is the compute capability, 90 for 9.0, or AMD's name of it, or None for C++ that runs on this CPU;
+    ``training`` says that the forward pass keeps what backward needs.
     """
 
-    def __init__(self, arch: int | None, shared_block: int, training: bool) -> None:
+    def __init__(self, arch: int | str | None, shared_block: int, training: bool) -> None:
         self.arch, self.shared_block, self.training = arch, shared_block, training
         self.graphs: list[str] = []
         self.forward: list[str] = []

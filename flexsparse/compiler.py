@@ -403,8 +403,8 @@ class CompiledAttention:
         functions take rows in place of keys; "kernels" the Triton module of backend="gather" for any shapes. "plan" and
         "tiles", which lists what a plan computes, want shapes, by a call or ``bind``.
 
-        So do the stages of the attention kernels that a GPU would run: for ``target`` ("sm_80", "sm_90", "sm_100", or
-        for kernels that gather "gfx942"), which need not be there. "graph" is the call of FlexAttention as Dynamo
+        So do the stages of the attention kernels that a GPU would run: for ``target`` ("sm_80", "sm_90", "sm_100" or
+        "gfx942"), which need not be there. "graph" is the call of FlexAttention as Dynamo
         captures it on a CPU; "triton" and "triton-backward" are the kernels' source, ours or Inductor's, with what
         they are launched with; "ttir", "ttgir", "llvm", "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's
         compiler, and "resources" tables of registers, spills, shared memory, occupancy, instructions and loads. Where

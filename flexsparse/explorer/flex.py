@@ -27,6 +27,8 @@ from flexsparse.plan import Plan
 from flexsparse.settings import Settings
 
 _OPTIONS = ("num_warps", "num_stages")
+# Those of AMD's backend, which stand elsewhere.
+_AMD_OPTIONS = ("kpack", "matrix_instr_nonkdim", "waves_per_eu")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,6 @@ def cpp_in(text: str) -> Iterator[str]:
 
 
 def _order(compiled: Compiled, settings: Settings, plan: Plan, target: Target | None) -> Order:
-    if target is not None and not target.is_nvidia:
-        raise refused(target, f"FlexAttention for {target.name}", "sm_80, sm_90 or sm_100 for what Inductor generates")
     if compiled.program.opaque:
         raise refused(target, "functions that could not be traced", "a pattern whose text says all of it")
     # Another process reads the text, and wants the numbers.
@@ -139,6 +139,7 @@ def _plain(name: str, source: str, backward: bool) -> Kernel:
         for key, value in zip(given["triton_meta"].keys, given["triton_meta"].values, strict=True)
         if isinstance(key, ast.Constant)
     }
+    options |= {option: ast.literal_eval(meta[option]) for option in _AMD_OPTIONS if option in meta}
     signature, constants = ast.literal_eval(meta["signature"]), ast.literal_eval(meta["constants"])
     position = list(signature)
     aligned = tuple(
