@@ -127,12 +127,13 @@ class Recorder:
     def _pointer(self, tensor: Tensor) -> Pointer:
         storage, address = tensor.untyped_storage(), tensor.data_ptr()
         bases = [n for n, x in enumerate(self.tensors) if x.untyped_storage().data_ptr() == storage.data_ptr()]
-        if len(bases) > 1:
-            bases = [n for n in bases if self.tensors[n].data_ptr() == address]
+        # Those that begin at one place do so at every call of this key.
+        exact = [n for n in bases if self.tensors[n].data_ptr() == address]
         if bases:
-            # Two tensors that begin at one place do not at the next call.
-            self.complete &= len(bases) == 1
-            return Pointer(bases[0], address - self.tensors[bases[0]].data_ptr())
+            # A place in memory that several share is none of one of them.
+            self.complete &= len(bases) == 1 or bool(exact)
+            base = (exact or bases)[0]
+            return Pointer(base, address - self.tensors[base].data_ptr())
         if storage.data_ptr() not in self._own:
             self._own[storage.data_ptr()] = storage, self._bytes
             self._bytes += -(-storage.nbytes() // _APART) * _APART
@@ -229,7 +230,8 @@ def repeated(
     if device.type != "cuda" or recorder() is not None or functools.reduce(operator.or_, addresses) & 15:
         run()
         return
-    key = (key, device.index, *[(x.dtype, x.shape, x.stride()) for x in given])
+    alike = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
+    key = (key, device.index, alike, *[(x.dtype, x.shape, x.stride()) for x in given])
     if key not in _recordings:
         if len(_recordings) >= _KEPT:
             _recordings.clear()

@@ -147,16 +147,21 @@ def test_views_and_allocations_are_no_computation() -> None:
     assert recorded([given, made], run) is not None
 
 
-def test_two_tensors_at_one_address_cannot_be_told_apart() -> None:
-    given, _ = ready()
-    assert recorded([given, given.view(2, 4)], lambda: start([], "kernel", given)) is None
-    # Parts of one tensor can, while each is where none other begins.
+def test_tensors_that_share_memory() -> None:
     log: list[Any] = []
+    given, _ = ready()
+    # Two that begin at one place: any of them, as that is part of the key.
+    found = recorded([given, given.view(2, 4)], lambda: start(log, "kernel", given.view(2, 4)))
+    assert found is not None
+    repeat(found, (given, given.view(2, 4), torch.empty(0)), Stream(1, log), None)
+    # Parts of one tensor, each where none other begins.
     found = recorded([given[:4], given[4:]], lambda: start(log, "kernel", given[4:]))
     assert found is not None
     a, b = ready()
     repeat(found, (a[:4], b[:4], torch.empty(0)), Stream(1, log), None)
-    assert log == [("kernel", 1, b.data_ptr())]
+    assert log == [("kernel", 1, given.data_ptr()), ("kernel", 1, b.data_ptr())]
+    # A place inside one of them, and nobody knows of which.
+    assert recorded([given[:4], given[4:]], lambda: start(log, "kernel", given[5:])) is None
 
 
 def test_an_operation_beside_other_work_is_not_repeated() -> None:
