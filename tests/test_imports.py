@@ -14,7 +14,7 @@ PACKAGE = ROOT / "flexsparse"
 
 # Earlier first. A module may import from its own level and from those before it.
 LEVELS = (
-    ("errors", "verdict", "files", "_torch"),
+    ("errors", "failures", "verdict", "files", "_torch"),
     ("kernels",),
     ("ir",),
     ("expression",),

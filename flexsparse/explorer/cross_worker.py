@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any
 
-from flexsparse.explorer.failures import cause_in_words
+from flexsparse.failures import cause_in_words
 
 
 def main(folder: pathlib.Path) -> None:

@@ -17,8 +17,8 @@ from flexsparse import _dynamo, _inductor
 from flexsparse.compiler import compile
 from flexsparse.errors import BackendError
 from flexsparse.example_inputs import example_call
-from flexsparse.explorer.failures import cause_in_words, cause_of
 from flexsparse.explorer.flex import Order
+from flexsparse.failures import cause_in_words, cause_of
 from flexsparse.pipeline import bind_call, compile_pattern
 
 

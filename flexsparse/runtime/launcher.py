@@ -13,6 +13,7 @@ from torch import Tensor
 from flexsparse import _dynamo, _torch
 from flexsparse.codegen.block_mask import BlockLists
 from flexsparse.errors import BackendError, BackendNotice, RecompileBudgetError
+from flexsparse.failures import cause_in_words
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
 
@@ -167,13 +168,8 @@ def _cannot_build(shapes: Shapes, backend: str, error: BaseException) -> Backend
     functions = "attn.code('rows')" if backend.startswith("gather") else "attn.source"
     return BackendError(
         f"backend={backend!r}",
-        got=f"{type(error).__name__}: {_first_line(error)}",
+        got=cause_in_words(error),
         expected=f"flex_attention to run here (torch {torch.__version__}, {shapes.device})",
         mend="Use backend='chunked', which is exact and slower, or pass fallback='reference' to allow the dense "
         f"oracle; {functions} shows the generated functions.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"

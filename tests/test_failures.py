@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flexsparse.errors import BackendError
-from flexsparse.explorer.failures import cause_in_words, cause_of
+from flexsparse.failures import cause_in_words, cause_of
 
 
 class LoweringException(RuntimeError): ...  # noqa: N818  The name that torch has.
