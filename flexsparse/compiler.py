@@ -13,23 +13,18 @@ import torch
 from torch import Tensor
 
 from flexsparse.backends import BY_FLEX
-from flexsparse.codegen.gathered import can_gather, gathered_source
 from flexsparse.dense import reference
-from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError, nearest
+from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError
 from flexsparse.execution import Runner, launchers_of
 from flexsparse.explanation import Explanation
-from flexsparse.explorer.gathered_marks import mark_gathered
 from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
-from flexsparse.explorer.stages import KERNEL_STAGES, kernel_code, kernel_resources, kernel_roofline
-from flexsparse.explorer.targets import find_target
-from flexsparse.explorer.tile_text import tile_text
 from flexsparse.expression import Expression, Pattern
 from flexsparse.hardware import Hardware, find
-from flexsparse.ir.program import Program, program_text
+from flexsparse.ir.program import Program
 from flexsparse.ir.scalars import scalars_of, without_defaults
 from flexsparse.parser import parse
-from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern, tiles_of_shapes
+from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern
 from flexsparse.plan import Plan
 from flexsparse.roofline import Roofline
 from flexsparse.row_lengths import LENGTHS, Padding, check_lengths, names_lengths, padding_of, within_lengths
@@ -37,12 +32,8 @@ from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
+from flexsparse.stages import Stages
 from flexsparse.traced import attend_traced, attention_within, key_of, remember
-
-STAGES = (
-    *("expr", "canonical", "ir", "tiles", "plan", "source", "mask_mod", "score_mod", "rows", "kernels"),
-    *KERNEL_STAGES,
-)
 
 
 def compile(
@@ -417,55 +408,25 @@ class CompiledAttention:
 
     def marked_code(self, stage: str, target: str = "sm_90") -> MarkedText:
         """The text of ``code`` line by line, with what each line of a Triton kernel has from the pattern."""
-        if stage not in STAGES:
-            hint = nearest(str(stage), STAGES)
-            raise SettingError("stage", got=repr(stage), expected=f"one of {', '.join(map(repr, STAGES))}", mend=hint)
-        find_target(target)
-        if stage == "kernels" and can_gather(self.ir):
-            return mark_gathered(gathered_source(self.ir).text, self._node, self.ir.printed)
-        if stage in KERNEL_STAGES:
-            shapes = self._last(stage).plan.shapes
-            return kernel_code(self._node, self._compiled, self._settings, shapes, stage, target)
-        return MarkedText.plain(self._text(stage))
-
-    def _text(self, stage: str) -> str:
-        """The text of a stage before the kernels."""
-        if stage == "expr":
-            return str(self._expression)
-        if stage == "ir":
-            return str(self.ir)
-        if stage == "canonical":
-            # It brings sympy, for which nothing else here waits.
-            from flexsparse.ir.canonical import canonical
-
-            return "\n".join(f"{n:<10} = {program_text(canonical(e))}" for n, e in self.ir.printed.expressions.items())
-        if stage == "tiles":
-            shapes = self._last(stage).plan.shapes
-            found = tiles_of_shapes(self._compiled, shapes, self._settings)
-            return "\n\n".join(tile_text(tiles) for tiles in found if tiles is not None) or tile_text(None)
-        if stage == "plan":
-            return str(self.explain())
-        if stage == "source":
-            return self.source
-        if stage == "rows":
-            return self._compiled.rows.source if self.ir.selections else "# no copies of keys: nothing is selected"
-        if stage == "kernels":
-            return "# no kernels of ours: nothing is gathered, and torch generates FlexAttention's at the call"
-        return self._compiled.generated.function_source(stage)
+        return self._stages.text(stage, target)
 
     def resources(self, target: str = "sm_90") -> list[Resources]:
         """What each attention kernel that would run on ``target`` takes of it, for the last call or ``bind``.
 
         Triton's compiler tells; no GPU is needed. Raises as ``code`` does.
         """
-        return kernel_resources(self._compiled, self._settings, self._last("resources").plan.shapes, target)
+        return self._stages.resources(target)
 
     def roofline(self, target: str = "sm_90") -> Roofline | None:
         """Operations, bytes and times of the forward pass of the last call or ``bind`` on a GPU of that architecture.
 
         None where the operations depend on tensors of the call. Raises SettingError, NotBoundError or BackendError.
         """
-        return kernel_roofline(self._compiled, self._settings, self._last("roofline").plan.shapes, target)
+        return self._stages.roofline(target)
+
+    @property
+    def _stages(self) -> Stages:
+        return Stages(self._expression, self._node, self._compiled, self._settings, self._last)
 
     def _last(self, wanted: str = "plan") -> BoundAttention:
         if self._bound is None:

@@ -34,7 +34,7 @@ LEVELS = (
     ("explanation",),
     ("pipeline",),
     (
-        *("compiler", "execution", "traced", "explorer", "example_inputs", "block_masks"),
+        *("compiler", "stages", "execution", "traced", "explorer", "example_inputs", "block_masks"),
         *("tolerance", "measurement", "tuning", "doctor", "timing", "peers", "locating", "checks"),
     ),
     ("nn", "pictures"),

@@ -15,12 +15,12 @@ from click.shell_completion import ShellComplete
 
 from flexsparse.cli import main
 from flexsparse.cli.show_figure import VIEWS
-from flexsparse.compiler import STAGES
 from flexsparse.explorer.targets import TARGETS
 from flexsparse.hardware import DEVICES
 from flexsparse.parser import NAMES
 from flexsparse.patterns import catalogue
 from flexsparse.settings import BACKENDS
+from flexsparse.stages import STAGES
 from tests.cli.conftest import Invoke, environment
 
 
