@@ -51,7 +51,7 @@ def rounded(x):
 
 
 @triton.jit
-def within_extent(top, bottom):
+def _within_extent(top, bottom):
     """The bounds of the finite scores, 0 where there are none."""
     some = top > -float("inf")
     return tl.where(some, top, 0.0), tl.where(some, bottom, 0.0)
@@ -94,6 +94,23 @@ def extent_of(u, at):
 
 
 @triton.jit
+def grid_of_row(
+    p_unit, p_step, p_center, p_top, p_bottom, p_nan, row, block, highest, lowest, nan, size, bits
+):  # fmt: skip
+    """Step, center, top and bottom of a row's grid, from what ``extent_of`` the row is; its first block keeps them."""
+    top, bottom = _within_extent(highest, lowest)
+    unit, step, center = grid_between(top, bottom, bits)
+    if block == 0:
+        tl.store(p_unit + row, unit)
+        tl.store(p_step + row, step)
+        tl.store(p_center + row, center)
+        tl.store(p_top + row, top)
+        tl.store(p_bottom + row, bottom)
+        tl.store(p_nan + row, tl.minimum(nan, size))
+    return step, center, top, bottom
+
+
+@triton.jit
 def _extents(p_u, p_highest, p_lowest, p_nans, size, n_blocks, BLOCK: tl.constexpr):
     """Those of every block."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -125,15 +142,9 @@ def _quantize(
         top = tl.max(tl.load(p_highest + row * n_blocks + part, mask=m_part, other=-infinity), 0)
         bottom = tl.min(tl.load(p_lowest + row * n_blocks + part, mask=m_part, other=infinity), 0)
         nan = tl.min(tl.load(p_nans + row * n_blocks + part, mask=m_part, other=2147483647), 0)
-    top, bottom = within_extent(top, bottom)
-    unit, step, center = grid_between(top, bottom, bits)
-    if block == 0:
-        tl.store(p_unit + row, unit)
-        tl.store(p_step + row, step)
-        tl.store(p_center + row, center)
-        tl.store(p_top + row, top)
-        tl.store(p_bottom + row, bottom)
-        tl.store(p_nan + row, tl.minimum(nan, size))
+    step, center, top, bottom = grid_of_row(
+        p_unit, p_step, p_center, p_top, p_bottom, p_nan, row, block, top, bottom, nan, size, bits
+    )
     value, alive, counted = grid_values(given, step, center, top, bottom)
     tl.store(p_value + row * size + at, value, mask=m_at)
     tl.store(p_alive + row * size + at, alive, mask=m_at)

@@ -19,9 +19,8 @@ from flexsparse.codegen.kernels.grid import (
     bits_for,
     empty_grid,
     extent_of,
-    grid_between,
+    grid_of_row,
     grid_values,
-    within_extent,
 )
 from flexsparse.codegen.kernels.launch import launch
 
@@ -54,15 +53,10 @@ def _sorted_blocks(
     every = tl.arange(0, ROW)
     whole = tl.load(p_u + row * size + every, mask=every < size, other=-infinity).to(tl.float32)
     top, bottom, nan = extent_of(whole, every)
-    top, bottom = within_extent(top.to(tl.float64), bottom.to(tl.float64))
-    unit, step, center = grid_between(top, bottom, bits)
-    if block == 0:
-        tl.store(p_unit + row, unit)
-        tl.store(p_step + row, step)
-        tl.store(p_center + row, center)
-        tl.store(p_top + row, top)
-        tl.store(p_bottom + row, bottom)
-        tl.store(p_nan + row, tl.minimum(nan, size))
+    step, center, top, bottom = grid_of_row(
+        p_unit, p_step, p_center, p_top, p_bottom, p_nan, row, block, top.to(tl.float64), bottom.to(tl.float64), nan,
+        size, bits,
+    )  # fmt: skip
     earlier = every < block * BLOCK
     before = tl.sum((earlier & (tl.abs(whole) < infinity)).to(tl.int32), 0).to(tl.int64)
     before += tl.sum((earlier & (whole == infinity)).to(tl.int32), 0).to(tl.int64) << 32
