@@ -29,7 +29,7 @@ from flexsparse.plan import Plan
 from flexsparse.roofline import Roofline
 from flexsparse.row_lengths import LENGTHS, Padding, check_lengths, names_lengths, padding_of, within_lengths
 from flexsparse.runtime.chunked import mass_of_keys
-from flexsparse.runtime.inputs import Shapes, check_scale, shapes_of, with_values
+from flexsparse.runtime.inputs import Shapes, check_scale, completed_by, shapes_of, tensors_of
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
 from flexsparse.stages import Stages
@@ -211,7 +211,7 @@ class CompiledAttention:
             if traced is not None:
                 return traced if return_lse else traced[0]
         shapes = shapes_of(query, key, value, q_offset)
-        given = self._carried | {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        given = completed_by(self._carried, tensors)
         inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         shapes = replace(shapes, needs_grad=needs_grad)
@@ -236,7 +236,7 @@ class CompiledAttention:
     @functools.cached_property
     def _carried(self) -> dict[str, Tensor]:
         """The tensors that came with the pattern."""
-        return with_values(self._node, {})
+        return tensors_of(self._node)
 
     @functools.cached_property
     def within_lengths(self) -> CompiledAttention:
@@ -296,7 +296,7 @@ class CompiledAttention:
             options: Any = {LENGTHS: ends, "scale": scale, "q_offset": q_offset, "validate": validate}
             return self.within_lengths.mass(query, key, **given, **options)
         numbers, tensors = split_numbers(self._scalars, captured)
-        given = with_values(self._node, tensors)
+        given = completed_by(self._carried, tensors)
         compiled = compile_pattern(self._node, q_offset != 0).numbered(numbers)
         settings = replace(self._settings, backend="chunked")
         bound = bind_call(compiled, shapes, given, settings, operands=(query, key), validate=validate)

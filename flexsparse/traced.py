@@ -22,7 +22,7 @@ from flexsparse.ir.program import Numbers
 from flexsparse.pipeline import Bound, bind_checked, compile_pattern
 from flexsparse.plan import choose
 from flexsparse.runtime.buffers import selection_buffers
-from flexsparse.runtime.inputs import Shapes, check_captured, check_scale, shapes_of, with_values
+from flexsparse.runtime.inputs import Shapes, check_captured, check_scale, completed_by, shapes_of, tensors_of
 from flexsparse.settings import CHUNK
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def attend_traced(
         return None
     program = attention.ir if not numbers else _attention_of(key).ir
     values = {spec.name: spec.value for spec in program.tensors if spec.value is not None}
-    present = values | {name: tensor for name, tensor in given.items() if tensor is not None}
-    captured = check_captured(program, shapes, present, validate=False)
+    captured = check_captured(program, shapes, completed_by(values, given), validate=False)
     selected = selection_buffers(program, captured, CHUNK if backend == "gather" else 0)
     tensors = {spec.name: captured[spec.name] for spec in program.tensors} | selected
     out, lse, *_ = torch.ops.flexsparse.attend(
@@ -146,7 +145,7 @@ def _backend(
 ) -> str:
     """The backend of a call, chosen while it is traced; "" where the dense oracle takes its place."""
     attention = _attention_of(key)
-    with_values(attention.pattern.node, {})
+    tensors_of(attention.pattern.node)
     shapes = Shapes(1, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype, device, q_offset)
     try:
         return choose(attention.ir, shapes, attention.settings)[0]

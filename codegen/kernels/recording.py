@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 import os
 import threading
@@ -82,6 +83,13 @@ class Recording:
     # By addresses: how often they came, -1 where there is no room for graphs, and then their graphs, with the numbers
     # of operations between them.
     known: dict[tuple[int, ...], int | list[Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def parts(self) -> tuple[range, ...]:
+        """The numbers of entries: those of kernels that follow one another together, an operation alone."""
+        cuts = [n for n, entry in enumerate(self.entries) if isinstance(entry, Operation)]
+        ends = sorted({0, len(self.entries), *cuts, *(n + 1 for n in cuts)})
+        return tuple(itertools.starmap(range, itertools.pairwise(ends)))
 
 
 class Recorder:
@@ -274,24 +282,11 @@ def recorded(tensors: Sequence[Tensor], run: Callable[[], None]) -> Recording | 
 def repeat(recording: Recording, bases: Sequence[Tensor], here: Any, beside: Any) -> None:
     """Start the entries on the caller's tensors and, last, the scratch; what is aside on ``beside`` unless None."""
     addresses = [x.data_ptr() for x in bases]
-    for part in _parts(recording):
+    for part in recording.parts:
         if isinstance(recording.entries[part[0]], Operation):
             _operate_again(recording.entries[part[0]], bases)
         else:
             _start(recording, part, addresses, here, beside)
-
-
-def _parts(recording: Recording) -> Iterator[range]:
-    """The numbers of entries: those of kernels that follow one another together, an operation alone."""
-    first = 0
-    for number, entry in enumerate(recording.entries):
-        if isinstance(entry, Operation):
-            if first < number:
-                yield range(first, number)
-            yield range(number, number + 1)
-            first = number + 1
-    if first < len(recording.entries):
-        yield range(first, len(recording.entries))
 
 
 def _start(recording: Recording, part: range, addresses: Sequence[int], here: Any, beside: Any) -> None:
@@ -329,7 +324,7 @@ def graphs_at(recording: Recording, addresses: tuple[int, ...], device: torch.de
         return None
     _make_room()
     made: list[Any] = []
-    for part in _parts(recording):
+    for part in recording.parts:
         is_operation = isinstance(recording.entries[part[0]], Operation)
         made.append(part[0] if is_operation else _captured(recording, part, addresses, device))
     recording.known[addresses] = -1 if None in made else made

@@ -124,7 +124,17 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def with_values(pattern: Node, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """What was given, completed by the tensors that came with the expression (``from_flex``).
+    """What was given, completed by the tensors that came with the expression. Raises as ``tensors_of``."""
+    return completed_by(tensors_of(pattern), given)
+
+
+def completed_by(values: Mapping[str, Tensor], given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """What was given, and ``values`` where nothing was."""
+    return {**values, **{name: tensor for name, tensor in given.items() if tensor is not None}}
+
+
+def tensors_of(pattern: Node) -> dict[str, Tensor]:
+    """The tensors that came with an expression (``from_flex``), by name.
 
     Raises CapturedError where two functions closed over different tensors under one name.
     """
@@ -139,7 +149,7 @@ def with_values(pattern: Node, given: Mapping[str, Tensor | None]) -> dict[str, 
                     expected="one tensor for each name",
                     mend="Rename the variable in one of the functions.",
                 )
-    return values | {name: tensor for name, tensor in given.items() if tensor is not None}
+    return values
 
 
 def check_captured(
