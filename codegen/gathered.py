@@ -4,7 +4,8 @@ The keys of a chunk of queries come in parts that have no pair in common:
 
 - near: what the pattern allows whatever is selected (windows, sinks, ...), tile by tile from a block mask;
 - slots: for each selection the keys in its slots as the chunk starts, gathered row by row;
-- fresh: for each selection the keys that enter it inside the chunk, which are neighbours.
+- fresh: for each selection the keys that enter it inside the chunk, which are neighbours. Those of a single selection
+  share their tiles with near pairs, so both are computed together, and the block mask leaves these tiles out.
 
 Every pair counts once, in the first part that has it. What a part knows of its pairs (that the near mask holds, or
 that the key is selected) is put into the expressions first, so that a part computes no more than it needs.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from flexsparse.codegen.gathering.module import module_text
-from flexsparse.codegen.gathering.tiles import attend, gradient_of_keys, gradient_of_query
+from flexsparse.codegen.gathering.tiles import attend, gradient_of_keys, gradient_of_query, gradient_of_slots
 from flexsparse.codegen.triton_text import TritonText
 from flexsparse.files import cache_home, write_whole
 from flexsparse.ir.derivative import derivative
@@ -37,15 +38,21 @@ _ONE = Constant(1.0)
 # The names of generated modules begin with it.
 _MODULE = "flexsparse_gathered_"
 _GATES = {
-    "": "clipped(x, least)",
-    "capped_softmax": "tl.where(x <= tl.log(least), least, tl.exp(tl.where(x >= 0.0, 0.0, x)))",
+    "": "clipped({x}, {least})",
+    "capped_softmax": "tl.where({x} <= tl.log({least}), {least}, tl.exp(tl.where({x} >= 0.0, 0.0, {x})))",
 }
+# For the backward pass numbers even where x is none: p says so where a query sees the key, and it is 0 elsewhere.
+_FINITE_GATES = {
+    "": "tl.maximum(tl.minimum({x}, 1.0), {least})",
+    "capped_softmax": "tl.maximum(tl.exp(tl.minimum({x}, 0.0)), {least})",
+}
+# Where a gate has a slope, "" for everywhere, and the slope there, "" for 1.
 _SLOPES = {
-    "": "tl.where((x > least) & (x < 1.0), 1.0, 0.0)",
-    "ste": "tl.where((x > least) & (x < 1.0), 1.0, 0.0)",
-    "capped_softmax": "tl.where((x > tl.log(least)) & (x < 0.0), tl.exp(tl.where(x >= 0.0, 0.0, x)), 0.0)",
-    "ste_identity": "1.0",
-    "ste_sigmoid": "tl.sigmoid(x) * (1.0 - tl.sigmoid(x))",
+    "": ("({m} > {least}) & ({m} < 1.0)", ""),
+    "ste": ("({x} > {least}) & ({x} < 1.0)", ""),
+    "capped_softmax": ("({x} > tl.log({least})) & ({x} < 0.0)", "tl.exp(tl.where({x} >= 0.0, 0.0, {x}))"),
+    "ste_identity": ("", ""),
+    "ste_sigmoid": ("", "tl.sigmoid({x}) * (1.0 - tl.sigmoid({x}))"),
 }
 
 
@@ -54,6 +61,7 @@ class GatheredSource:
     """The module's text and what its kernels read, in order.
 
     ``captured``: tensors by name, with their dimensions; ``numbers``: functions of sizes by name, as Python text.
+    ``joined``: fresh keys come with the near pairs of their tiles, which the lists of near tiles must not have.
     ``gated``: the selections whose gates are computed; ``slot_gates``: for each selection, those among them that its
     gathered keys have; ``shifted``: those with a gradient for tau.
     """
@@ -61,6 +69,7 @@ class GatheredSource:
     text: str
     captured: tuple[tuple[str, int], ...]
     numbers: Mapping[str, str]
+    joined: bool
     gated: tuple[int, ...]
     slot_gates: Mapping[int, tuple[int, ...]]
     shifted: tuple[int, ...]
@@ -113,7 +122,10 @@ def _part(program: Program, mask: Node, known: Mapping[Node, Node]) -> _Part:
 
 
 def parts_of(program: Program) -> dict[str, _Part]:
-    """Every part by name: "full" and "near" where the pattern allows keys by itself, then "selected 0" and so on."""
+    """Every part by name: "full" and "near" where the pattern allows keys by itself, then "selected 0" and so on.
+
+    "joined" is near or enters selection 0, where that is the only one.
+    """
     near = near_mask(program)
     parts = {}
     if near != FALSE:
@@ -122,6 +134,12 @@ def parts_of(program: Program) -> dict[str, _Part]:
         parts["near"] = _part(program, near, known)
     for n in range(len(program.selections)):
         parts[f"selected {n}"] = _part(program, selected_mask(program, near, n), _held(near, n))
+    enters = Apply("and", (Selected(0), selected_mask(program, near, 0)))
+    joined = _part(program, Apply("or", (near, enters)), {})
+    # In the loop over it, a key is selected if it enters inside the chunk, which no score may take for more.
+    sees_more = any(isinstance(n, Selected) for e in joined.expressions[1:] for n in walk(e))
+    if near != FALSE and len(program.selections) == 1 and not sees_more:
+        parts["joined"] = joined
     return parts
 
 
@@ -150,6 +168,10 @@ def _possible(near: Node, after: Node) -> list[Node]:
     return [part for part in _operands("or", near) if canonical(Apply("and", (part, old))) != FALSE]
 
 
+def _kind(gate: Gate) -> str:
+    return "capped_softmax" if gate.capped else gate.through
+
+
 class _Printer:
     """The lines that a part adds to a kernel, in forward and in backward.
 
@@ -170,9 +192,11 @@ class _Printer:
         free = not any(isinstance(n, Selected) for e in now.expressions for n in walk(e))
         return now.gates[0].number if free and len(now.gates) == 1 else None
 
-    def loads(self, part: _Part, slopes: bool) -> list[str]:
+    def loads(self, part: _Part, slopes: bool, told: bool) -> list[str]:
+        """Gates, with ``slopes`` as the backward pass wants them, and who is selected, unless the loop has ``told``."""
         lines = []
-        for n in sorted({n.number for e in part.expressions for n in walk(e) if isinstance(n, Selected)}):
+        selected = {n.number for e in part.expressions for n in walk(e) if isinstance(n, Selected)}
+        for n in sorted(selected if not told else ()):
             at = f"(b * heads_{n} + h // group_{n}) * length + kv"
             lines.append(f"selected_{n} = (tl.load(p_birth_{n} + {at}) <= q) & (q < tl.load(p_death_{n} + {at}))")
         for gate in part.gates:
@@ -180,14 +204,10 @@ class _Printer:
             if through and not slopes:
                 continue
             threshold = f"known_tau_{n}" if not slopes and self.sure(part) == n else f"tau_{n}"
-            lines.append(f"x = u_{n}" + ("" if through == "ste_identity" else f" - {threshold}"))
-            kind = "capped_softmax" if gate.capped else through
-            if kind in ("", "ste", "capped_softmax"):
-                lines.append(f"least = least_{n}")
+            lines.append(f"x_{n} = u_{n}" + ("" if through == "ste_identity" else f" - {threshold}"))
             if not through:
-                lines.append(f"m_{n} = {_GATES[kind]}")
-            if slopes:
-                lines.append(f"slope_{n} = {_SLOPES[kind]}")
+                made = (_FINITE_GATES if slopes else _GATES)[_kind(gate)]
+                lines.append(f"m_{n} = {made.format(x=f'x_{n}', least=f'least_{n}')}")
         return lines
 
     def score(self, part: _Part) -> list[str]:
@@ -217,8 +237,8 @@ class _Printer:
         gate = part.forward().gate_v
         return "" if gate == _ONE else self.text.emit(gate)
 
-    def slopes(self, part: _Part) -> list[str]:
-        """From ``d_score`` and ``d_gate_v`` to ``d_raw``, and to ``d_x_n`` of every gate."""
+    def slopes(self, part: _Part, shown: str) -> list[str]:
+        """From ``d_score`` and ``d_gate_v`` to ``d_raw``, and to ``d_x_n`` of every gate; ``shown``: where a key is."""
         ones: dict[Node, Node] = {gate: _ONE for gate in part.gates if gate.through}
         now = part.forward()
 
@@ -241,9 +261,16 @@ class _Printer:
             if factor != "0.0":
                 logit = self.text.emit(now.gate_logit)
                 terms.append(f"d_score * ({factor}) / ({logit})" if now.gate_logit != _ONE else f"d_score * ({factor})")
-            lines.append(f"d_x_{gate.number} = ({' + '.join(terms) or '0.0 * raw'}) * slope_{gate.number}")
+            n, total = gate.number, " + ".join(terms) or "0.0 * raw"
+            where, slope = (t.format(m=f"m_{n}", x=f"x_{n}", least=f"least_{n}") for t in _SLOPES[_kind(gate)])
+            where = " & ".join(filter(None, (where, shown)))
+            total = f"({total}) * ({slope})" if slope else total
+            lines.append(f"d_x_{n} = " + (f"tl.where({where}, {total}, 0.0)" if where else total))
         if now.gate_k != _ONE:
             lines.append("d_raw = d_raw * gate_k")
+        if inner != _ONE and shown:
+            # The slope of a score may be anything where the key is hidden.
+            lines.append(f"d_raw = tl.where({shown}, d_raw, 0.0)")
         return lines
 
 
@@ -273,6 +300,11 @@ def _source(program: Program) -> GatheredSource:
         for name, part in parts.items()
         for way, made in (("forward", attend), ("query", gradient_of_query), ("keys", gradient_of_keys))
     }
+    blocks |= {
+        ("slots", name): gradient_of_slots(printer, part, name)
+        for name, part in parts.items()
+        if name.startswith("selected")
+    }
     names = dict.fromkeys(n.tensor for e in program.expressions.values() for n in walk(e) if isinstance(n, Load))
     captured = tuple((spec.name, len(spec.dims)) for spec in names if spec.name not in program.sink_only)
     given = {
@@ -289,7 +321,8 @@ def _source(program: Program) -> GatheredSource:
         shifted,
         sorted(given),
     )
-    return GatheredSource(text, captured, dict(printer.text.numbers), tuple(gated), slot_gates, tuple(shifted))
+    numbers = dict(printer.text.numbers)
+    return GatheredSource(text, captured, numbers, "joined" in parts, tuple(gated), slot_gates, tuple(shifted))
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,9 +13,9 @@ from flexsparse.errors import BackendError
 from flexsparse.parser import parse
 from flexsparse.pipeline import bind_call, compile_pattern
 from flexsparse.runtime.gathered import attend_gathered, make_call
-from flexsparse.runtime.gathered_sizes import FEW_FEATURES, FEW_REGISTERS, KERNELS, Sizes, fitting, sizes_of
+from flexsparse.runtime.gathered_sizes import FEW_FEATURES, FOUR_BLOCKS, KERNELS, THREE_BLOCKS, Sizes, fitting, sizes_of
 from flexsparse.runtime.inputs import Shapes
-from flexsparse.runtime.tuned import ROWS, steps_and_keys
+from flexsparse.runtime.tuned import ROWS, is_sound, steps_and_keys
 from flexsparse.settings import Settings
 
 # Milliseconds of the pass that a kernel belongs to, with these sizes for it; inf where it cannot be built.
@@ -39,7 +39,9 @@ def candidates(kernel: str, shapes: Shapes) -> list[Sizes]:
     """What is tried: first the sizes that are used today, then all others that fit the GPU's shared memory."""
     made = tuple(Sizes(*x) for x in itertools.product(*steps_and_keys(kernel), (4, 8), (1, 2, 3)))
     if kernel in ROWS and max(shapes.head_dim, shapes.value_dim) <= FEW_FEATURES:
-        made += tuple(replace(sizes, registers=FEW_REGISTERS) for sizes in made if sizes.warps == 4)
+        four_warps = [sizes for sizes in made if sizes.warps == 4]
+        made += tuple(replace(sizes, registers=n) for n in (FOUR_BLOCKS, THREE_BLOCKS) for sizes in four_warps)
+    made = tuple(sizes for sizes in made if is_sound(kernel, sizes))
     return list(dict.fromkeys((sizes_of(kernel, shapes), *fitting(kernel, made, shapes))))
 
 

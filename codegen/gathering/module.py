@@ -9,7 +9,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, known, slot_gradient, taken_over
-from flexsparse.codegen.gathering.tiles import Lines, key_loads, record_loads, record_puts, row_fields, row_loads
+from flexsparse.codegen.gathering.tiles import (
+    ENTERS,
+    Lines,
+    key_loads,
+    record_loads,
+    record_puts,
+    row_fields,
+    row_loads,
+)
 from flexsparse.codegen.kernels.record_layout import KEY_BITS
 
 _HELPERS = f"""
@@ -17,8 +25,30 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # A slot's record has its key in so many bits, and above them for how many queries of the chunk it stays.
 KEY_BITS = tl.constexpr({KEY_BITS})
 KEY_MASK = tl.constexpr({(1 << KEY_BITS) - 1})
+# A row is measured against its highest score so far, or one that is less by no more than this.
+SLACK = tl.constexpr(5.0)
 """
 _HELPERS += '''
+
+def multiplies(count):
+    """PTX that multiplies ``count`` numbers of each thread in place, unless all factors of a warp are 1."""
+    least = [f"${2 * count + i}" for i in range(count)]
+    lines = [".reg .pred differs;", f".reg .f32 least<{count}>;"]
+    while len(least) > 1:
+        half = [f"least{len(least) // 2 + i}" for i in range(len(least) // 2)]
+        lines += [f"min.f32 {x}, {a}, {b};" for x, a, b in zip(half, least[::2], least[1::2])]
+        least = half
+    lines += [f"setp.neu.f32 differs, {least[0]}, 0f3F800000;", "vote.sync.any.pred differs, differs, 0xffffffff;"]
+    lines += ["@!differs bra.uni done;", *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)), "done:"]
+    return "{ " + " ".join(lines) + " }"
+
+
+def operands(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+MULTIPLIES_32, OPERANDS_32 = tl.constexpr(multiplies(32)), tl.constexpr(operands(32))
+MULTIPLIES_64, OPERANDS_64 = tl.constexpr(multiplies(64)), tl.constexpr(operands(64))
 
 
 @triton.jit
@@ -57,9 +87,25 @@ def exp_above(score, level, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Rows by index, [len(index), PADDED]."""
-    at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
+def scaled(x, by, PACKED: tl.constexpr):
+    """x * by for factors that mostly are 1; PACKED numbers of a thread at a time are passed by where all are."""
+    if PACKED == 64:
+        x, by = tl.broadcast(x, by)
+        x = tl.inline_asm_elementwise(MULTIPLIES_64, OPERANDS_64, [x, by], dtype=tl.float32, is_pure=True, pack=64)
+    elif PACKED == 32:
+        x, by = tl.broadcast(x, by)
+        x = tl.inline_asm_elementwise(MULTIPLIES_32, OPERANDS_32, [x, by], dtype=tl.float32, is_pure=True, pack=32)
+    else:
+        x = x * by
+    return x
+
+
+@triton.jit
+def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):
+    """Rows by index, [len(index), PADDED]; WIDE where they lie more than 2^31 numbers apart."""
+    if WIDE:
+        index = index.to(tl.int64)
+    at = p_base + index[:, None] * stride + feature[None, :]
     if SIZE == PADDED:
         found = tl.load(at)
     else:
@@ -81,8 +127,8 @@ m_row = row < length
 row = tl.minimum(row, length - 1)
 at = (b * heads + h) * length + row
 feature = tl.arange(0, BLOCK_V)
-out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V)
-d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V)
+out = rows_of(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, feature, VALUE_DIM, BLOCK_V, WIDE)
+d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, feature, VALUE_DIM, BLOCK_V, WIDE)
 level = tl.load(p_level + at)
 share = tl.load(p_share + at)
 delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse + at)
@@ -109,7 +155,7 @@ q = row[:, None]
 at = (b * heads + h) * length + row
 key_at = b * stride_kb + kv_head * stride_kh
 value_at = b * stride_vb + kv_head * stride_vh
-query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)
+query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D, WIDE)
 """
 )
 
@@ -139,9 +185,8 @@ def _for_each_tile(part: str) -> Lines:
     ]
 
 
-def _selected_loops(n: str, body: Lines, scored: bool) -> Lines:
+def _slots_loop(n: str, body: Lines, scored: bool) -> Lines:
     head = f"(b * heads_{n} + h // group_{n})"
-    inner = [f"    {line}" for line in body]
     load = f"tl.load(records + slot[:, None] * 2 + twice[None, :], mask=(slot < k_{n})[:, None], other=0)"
     return [
         f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
@@ -161,17 +206,40 @@ def _selected_loops(n: str, body: Lines, scored: bool) -> Lines:
         "    kv = column[None, :]",
         "    gone = (start + (holder >> KEY_BITS))[None, :]",
         "    seen = q < gone",
-        *inner,
+        *(f"    {line}" for line in body),
+    ]
+
+
+def _fresh_loop(n: str, body: Lines, scored: bool) -> Lines:
+    return [
         f"# Selection {n}: the keys that enter inside the chunk.",
         f"for first in range(start + 1 - after_{n}, start + BLOCK_M - after_{n}, BLOCK_N):",
         "    column = first + tl.arange(0, BLOCK_N)",
         "    m_key = (column >= 0) & (column < length)",
         "    column = tl.minimum(tl.maximum(column, 0), length - 1)",
         "    kv = column[None, :]",
-        f"    gone = tl.where(m_key, tl.load(p_death_{n} + {head} * length + column), 0)[None, :]",
+        f"    gone = tl.where(m_key, tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + column), 0)"
+        "[None, :]",
         f"    seen = (kv + after_{n} <= q) & (q < gone)",
         *(f"    {line}" for line in (key_loads([int(n)], "[None, :]") if scored else [])),
-        *inner,
+        *(f"    {line}" for line in body),
+    ]
+
+
+def _joined_loop(body: Lines) -> Lines:
+    """The tiles with the keys that enter selection 0 inside the chunk, whole."""
+    return [
+        "# Tiles inside which keys enter selection 0: those that do, and what the pattern allows anyway.",
+        "begin = tl.maximum(start + 1 - after_0, 0) // BLOCK_M * BLOCK_M",
+        "end = tl.cdiv(tl.maximum(start + BLOCK_M - after_0, 0), BLOCK_M) * BLOCK_M",
+        "for first in range(begin, end, BLOCK_N):",
+        "    column = first + tl.arange(0, BLOCK_N)",
+        "    seen = (column < length)[None, :]",
+        "    column = tl.minimum(column, length - 1)",
+        "    kv = column[None, :]",
+        "    gone = tl.load(p_death_0 + (b * heads_0 + h // group_0) * length + column)[None, :]",
+        f"    selected_0 = {ENTERS}",
+        *(f"    {line}" for line in body),
     ]
 
 
@@ -182,9 +250,11 @@ def _row_loops(blocks: Mapping[tuple[str, str], Lines], way: str, gated: Mapping
             continue
         kind, _, number = name.partition(" ")
         if kind == "selected":
-            lines += _selected_loops(number, body, int(number) in gated[int(number)])
+            scored = int(number) in gated[int(number)]
+            lines += _slots_loop(number, body, scored)
+            lines += [] if (way, "joined") in blocks else _fresh_loop(number, body, scored)
         else:
-            lines += _near_loop(kind, body)
+            lines += _joined_loop(body) if kind == "joined" else _near_loop(kind, body)
     return lines
 
 
@@ -196,19 +266,23 @@ def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
             continue
         kind, _, n = name.partition(" ")
         inner = [f"    {line}" for line in body]
-        if kind == "selected":
+        if kind == "joined":
+            lines += [
+                "# Chunks inside which keys of this tile's block enter selection 0.",
+                "begin = (first // BLOCK_M * BLOCK_M + after_0) // BLOCK_M",
+                "end = tl.minimum((first // BLOCK_M * BLOCK_M + BLOCK_M - 2 + after_0) // BLOCK_M + 1, n_chunks)",
+                *_entry_steps("0"),
+                *inner,
+            ]
+        elif kind == "selected" and ("keys", "joined") not in blocks:
             lines += [
                 f"# Selection {n}: the chunks inside which these keys enter it.",
                 f"begin = tl.maximum(first + after_{n}, 0) // BLOCK_M",
                 f"end = tl.minimum((first + BLOCK_N - 1 + after_{n}) // BLOCK_M + 1, n_chunks)",
-                f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + column)",
-                "gone = tl.where(m_column, gone, 0)[:, None]",
-                "for step in range(begin * (BLOCK_M // BLOCK_Q), end * (BLOCK_M // BLOCK_Q)):",
-                "    first_row = step * BLOCK_Q",
-                "    start = step // (BLOCK_M // BLOCK_Q) * BLOCK_M",
-                *(known(inner, f"(kv + after_{n} <= q) & (q < gone) & (kv + after_{n} > start)")),
+                *_entry_steps(n),
+                *known(inner, f"(kv + after_{n} <= q) & (q < gone) & (kv + after_{n} > start)"),
             ]
-        else:
+        elif kind != "selected":
             lines += [
                 f"count = tl.load(p_{kind}_count + b * count_b + h * count_h + first // BLOCK_M)",
                 "count *= BLOCK_M // BLOCK_Q",
@@ -218,6 +292,17 @@ def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
                 *inner,
             ]
     return lines
+
+
+def _entry_steps(n: str) -> Lines:
+    """The head of a loop over the queries of the chunks from ``begin`` to ``end``."""
+    return [
+        f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + column)",
+        "gone = tl.where(m_column, gone, 0)[:, None]",
+        "for step in range(begin * (BLOCK_M // BLOCK_Q), end * (BLOCK_M // BLOCK_Q)):",
+        "    first_row = step * BLOCK_Q",
+        "    start = step // (BLOCK_M // BLOCK_Q) * BLOCK_M",
+    ]
 
 
 def module_text(
@@ -252,7 +337,7 @@ def module_text(
     lists += ["index_b", "index_h", "index_row"]
     operands = ["p_query", "p_key", "p_value", *strides, *pattern]
     gradients = ["p_d_out", "stride_ob", "stride_oh", "stride_os", "p_rows"]
-    constants = ["HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V", "BLOCK_M", "BLOCK_Q", "BLOCK_N", "PRECISION"]
+    constants = ["HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V", "BLOCK_M", "BLOCK_Q", "BLOCK_N", "PRECISION", "WIDE"]
 
     def kernel(
         name: str, about: str, parameters: Sequence[str], body: str, more: Sequence[str] = (), of: Sequence[str] = ()
@@ -291,7 +376,7 @@ tl.store(p_lse + at, lse, mask=m_row)
         _ROWS
         + "\n".join(record_loads(shifted, "BLOCK_M", "[:, None]"))
         + """
-d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)
+d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V, WIDE)
 d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 """
         + "".join(f"d_tau_{n} = tl.zeros([BLOCK_M], tl.float32)\n" for n in shifted)
@@ -312,8 +397,9 @@ b = tl.program_id(2).to(tl.int64)
 column = tl.minimum(first + tl.arange(0, BLOCK_N), length - 1)
 m_column = first + tl.arange(0, BLOCK_N) < length
 kv = column[:, None]
-key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, BLOCK_D)
-value = rows_of(p_value + b * stride_vb + kv_head * stride_vh, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)
+key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, BLOCK_D, WIDE)
+value_at = p_value + b * stride_vb + kv_head * stride_vh
+value = rows_of(value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V, WIDE)
 d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 """
@@ -346,13 +432,14 @@ tl.store(p_rows + at_field, record, mask=m_row[:, None])
             ["p_out", *gradients[:-1], "p_d_lse", "p_level", "p_share", "p_rows", "length", "heads"]
             + [f"{what}_{n}" for n in shifted for what in ("p_tau", "p_least", "heads", "group")],
             products,
-            of=["VALUE_DIM", "BLOCK_V", "ROWS"],
+            of=["VALUE_DIM", "BLOCK_V", "ROWS", "WIDE"],
         ),
         kernel(
             "forward",
             "Output and lse of one chunk of queries.",
             [*operands, *lists, "p_out", "p_lse", "p_level", "p_share"],
             forward,
+            ["PACKED"],
         ),
         kernel(
             "query_gradient",
@@ -374,7 +461,7 @@ tl.store(p_rows + at_field, record, mask=m_row[:, None])
                 f"slot_gradient_{n}",
                 "Gradients of the keys in a block of slots, along a span of chunks; a key's are written as it leaves.",
                 [*operands, *gradients, "kv_heads", "span", f"p_part_key_{n}", f"p_part_value_{n}", "p_ends", *own],
-                slot_gradient(n, blocks["keys", f"selected {n}"], gated[n]),
+                slot_gradient(n, blocks["slots", f"selected {n}"], gated[n]),
                 ["SPANS"],
             )
         )

@@ -54,27 +54,28 @@ width: tl.constexpr = HEAD_DIM + VALUE_DIM + {len(gated)}
 
 
 def slot_gradient(n: int, body: Lines, gated: Sequence[int]) -> str:
-    zero = "".join(f"    d_u_{m} = tl.where(changed, 0.0, d_u_{m})\n" for m in gated)
+    zero = "".join(f"    d_u_{m} = tl.where(changed[None, :], 0.0, d_u_{m})\n" for m in gated)
 
     def put(mask: str, by: str) -> str:
+        at = "+ pair * length"
         lines = [
-            f"put_rows(p_part_key_{n} + pair * length * HEAD_DIM, holder, HEAD_DIM, feature, d_key * scale, {mask}, "
+            f"put_rows(p_part_key_{n} {at} * HEAD_DIM, holder, HEAD_DIM, feature, tl.trans(d_key) * scale, {mask}, "
             "HEAD_DIM)",
-            f"put_rows(p_part_value_{n} + pair * length * VALUE_DIM, holder, VALUE_DIM, value_feature, d_value, {mask},"
-            " VALUE_DIM)",
+            f"put_rows(p_part_value_{n} {at} * VALUE_DIM, holder, VALUE_DIM, value_feature, tl.trans(d_value), {mask}, "
+            "VALUE_DIM)",
         ]
-        lines += [f"tl.store(p_part_u_{n}_{m} + pair * length + holder, d_u_{m}, mask={mask})" for m in gated]
+        lines += [f"tl.store(p_part_u_{n}_{m} {at} + holder, tl.sum(d_u_{m}, 0), mask={mask})" for m in gated]
         return "".join(f"{by}{line}\n" for line in lines)
 
     def put_end(which: int, mask: str, by: str) -> str:
         lines = [
             f"end = ((pair * SPANS + tl.program_id(1)) * 2 + {which}) * k_{n} * width",
-            f"put_rows(p_ends + end, slot, width, feature, d_key * scale, {mask}, HEAD_DIM)",
-            f"put_rows(p_ends + end + HEAD_DIM, slot, width, value_feature, d_value, {mask}, VALUE_DIM)",
+            f"put_rows(p_ends + end, slot, width, feature, tl.trans(d_key) * scale, {mask}, HEAD_DIM)",
+            f"put_rows(p_ends + end + HEAD_DIM, slot, width, value_feature, tl.trans(d_value), {mask}, VALUE_DIM)",
         ]
         for place, m in enumerate(gated):
             at = f"p_ends + end + slot * width + HEAD_DIM + VALUE_DIM + {place}"
-            lines.append(f"tl.store({at}, d_u_{m}, mask={mask})")
+            lines.append(f"tl.store({at}, tl.sum(d_u_{m}, 0), mask={mask})")
         return "".join(f"{by}{line}\n" for line in lines)
 
     return (
@@ -89,22 +90,23 @@ stop = tl.minimum(begin + span, n_chunks)
         + f"holder = tl.load(table + begin * k_{n}, mask=m_slot, other=-1)\n"
         + "# Whether the slot still has the key with which the span began.\n"
         + "initial = holder >= -1\n"
-        + "d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\nd_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)\n"
-        + "".join(f"d_u_{m} = tl.zeros([BLOCK_N], tl.float32)\n" for m in gated)
+        + "# Keys are columns: so few of them would not fill the rows of a product.\n"
+        + "d_key = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)\nd_value = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)\n"
+        + "".join(f"d_u_{m} = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)\n" for m in gated)
         + "chunk = begin\nwhile chunk < stop:\n"
         + "    # No slot of the block changes before this chunk.\n"
         + "    until = tl.minimum(tl.load(next_change + chunk), stop)\n"
         + f"    now = tl.load(table + tl.minimum(until, n_chunks - 1) * k_{n}, mask=m_slot, other=-1)\n"
         + "    now = tl.where(until < stop, now, holder)\n"
-        + "    column = tl.maximum(holder, 0)\n    kv = column[:, None]\n"
+        + "    column = tl.maximum(holder, 0)\n    kv = column[None, :]\n"
         + "    key = rows_of(p_key + b * stride_kb + kv_head * stride_kh, column, stride_ks, feature, HEAD_DIM, "
-        "BLOCK_D)\n"
+        "BLOCK_D, WIDE)\n"
         + "    value = rows_of(p_value + b * stride_vb + kv_head * stride_vh, column, stride_vs, value_feature, "
-        "VALUE_DIM, BLOCK_V)\n"
+        "VALUE_DIM, BLOCK_V, WIDE)\n"
         + f"    gone = tl.load(p_death_{n} + (b * heads_{n} + kv_head * heads_{n} // kv_heads) * length + column)\n"
-        + "    gone = tl.where(holder >= 0, gone, 0)[:, None]\n"
+        + "    gone = tl.where(holder >= 0, gone, 0)[None, :]\n"
         + "    h = kv_head * group\n"
-        + indented(key_loads(gated, "[:, None]"), 4)
+        + indented(key_loads(gated, "[None, :]"), 4)
         + "\n"
         + "    steps = tl.where(tl.max(holder, 0) >= 0, (until - chunk) * group * (BLOCK_M // BLOCK_Q), 0)\n"
         + "    for step in range(0, steps):\n"
@@ -118,8 +120,8 @@ stop = tl.minimum(begin + span, n_chunks)
         + put("left & ~first_here", " " * 8)
         + "    if tl.max((left & first_here).to(tl.int32), 0) > 0:\n"
         + put_end(0, "left & first_here", " " * 8)
-        + "    d_key = tl.where(changed[:, None], 0.0, d_key)\n"
-        + "    d_value = tl.where(changed[:, None], 0.0, d_value)\n"
+        + "    d_key = tl.where(changed[None, :], 0.0, d_key)\n"
+        + "    d_value = tl.where(changed[None, :], 0.0, d_value)\n"
         + zero
         + "    initial = initial & ~changed\n    holder = now\n    chunk = until\n"
         + "if SPANS == 1:\n"

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Lines = list[str]
+# A key that enters selection 0 inside the chunk, as far as the query sees it.
+ENTERS = "(kv + after_0 <= q) & (q < tl.where(kv + after_0 > start, gone, 0))"
 
 
 def row_loads(shifted: Iterable[int], axis: str) -> Lines:
@@ -76,24 +78,27 @@ def _gated(part: Any, kind: str) -> list[int]:
 
 
 def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool, scale: str = "scale") -> Lines:
-    lines = [f"raw = tl.dot({product}, input_precision=PRECISION) * {scale}", *printer.loads(part, slopes)]
-    lines += printer.score(part)
+    lines = [f"raw = tl.dot({product}, input_precision=PRECISION) * {scale}"]
+    lines += [*printer.loads(part, slopes, kind == "joined"), *printer.score(part)]
     conditions = [] if kind == "full" else ["seen"]
     text = printer.seen(part)
     conditions += [f"({text})"] if text else []
-    if conditions:
-        lines.append(f"visible = {' & '.join(conditions)}")
-        lines.append('score = tl.where(visible, score, float("-inf"))')
-    return lines
+    return [*lines, f"visible = {' & '.join(conditions)}"] if conditions else lines
 
 
 def _hides(printer: Any, part: Any, kind: str) -> bool:
     return kind != "full" or bool(printer.seen(part))
 
 
-def _shown(printer: Any, part: Any, kind: str, text: str) -> str:
+def _shown(printer: Any, part: Any, kind: str, text: str, where: str) -> str:
     """A product that is 0 where a key is hidden, even if a factor is not a number there."""
-    return f"tl.where(visible, {text}, 0.0)" if _hides(printer, part, kind) else text
+    return f"tl.where({where}, {text}, 0.0)" if _hides(printer, part, kind) else text
+
+
+def _weights(printer: Any, part: Any, kind: str, axis: str) -> Lines:
+    """``p``, 0 where a key is hidden. Behind the exponential a multiplication and an addition stay one operation."""
+    p = _shown(printer, part, kind, f"p * share{axis}", "visible")
+    return [f"p = exp_above(score, level{axis}, PRECISION)", f"p = {p}"]
 
 
 def attend(printer: Any, part: Any, kind: str) -> Lines:
@@ -101,29 +106,31 @@ def attend(printer: Any, part: Any, kind: str) -> Lines:
     gate, sure = printer.value_gate(part), printer.sure(part)
     product = f"p * ({gate})"
     return [
-        "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
-        "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
+        "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D, WIDE)",
+        "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V, WIDE)",
         *key_loads(_gated(part.forward(), kind), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", False, "scale" if sure is None else f"scale_{sure}"),
-        "higher = tl.maximum(top, tl.max(score, 1))",
+        *(['score = tl.where(visible, score, float("-inf"))'] if _hides(printer, part, kind) else []),
+        "highest = tl.max(score, 1)",
+        "higher = tl.where(highest > top + SLACK, highest, top)",
         "# Rows that have seen no key yet stay at -inf.",
         'level = tl.where(higher == float("-inf"), 0.0, higher)',
         "p = exp_above(score, level[:, None], PRECISION)",
-        "shrink = tl.exp2((top - level) * LOG2E)",
+        "shrink = tl.where(higher == top, 1.0, tl.exp2((top - level) * LOG2E))",
         "total = total * shrink + tl.sum(p, 1)",
-        *([f"p = {product if sure is not None else _shown(printer, part, kind, product)}"] if gate else []),
-        "out = tl.dot(p.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)",
+        *([f"p = {product if sure is not None else _shown(printer, part, kind, product, 'visible')}"] if gate else []),
+        "out = scaled(out, shrink[:, None], PACKED)",
+        "out = tl.dot(p.to(value.dtype), value, out, input_precision=PRECISION)",
         "top = higher",
     ]
 
 
 def _flows(printer: Any, part: Any, kind: str, gate: str, delta: str) -> Lines:
     """From ``p`` and ``d_p`` to ``d_raw``, and to ``d_x_n`` of every gate."""
-    kept = f"p * (d_p * ({gate}) - {delta})" if gate else f"p * (d_p - {delta})"
-    lines = [f"d_score = {kept}", *printer.slopes(part)]
-    if _hides(printer, part, kind):
-        names = ["d_raw", *(f"d_x_{g.number}" for g in part.gates)]
-        lines += [f"{name} = tl.where(visible, {name}, 0.0)" for name in names]
+    hidden = _hides(printer, part, kind)
+    lines = [f"d_score = p * (d_p * ({gate}) - {delta})" if gate else f"d_score = p * (d_p - {delta})"]
+    lines += ["d_score = tl.where(visible, d_score, 0.0)"] * hidden
+    lines += printer.slopes(part, "visible" if hidden else "")
     return lines
 
 
@@ -131,11 +138,11 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
     """What one tile of keys adds to the gradients of the rows' query and thresholds."""
     gate = printer.value_gate(part)
     return [
-        "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D)",
-        "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V)",
+        "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D, WIDE)",
+        "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V, WIDE)",
         *key_loads(_gated(part, kind), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", True),
-        "p = exp_above(score, level[:, None], PRECISION) * share[:, None]",
+        *_weights(printer, part, kind, "[:, None]"),
         "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
         "d_gate_v = p * d_p",
         *_flows(printer, part, kind, gate, "delta[:, None]"),
@@ -146,29 +153,50 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
 
 def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
     """What one chunk of queries of head ``h`` adds to the gradients of a tile's keys, values and scores."""
+    return _of_keys(printer, part, kind, False)
+
+
+def gradient_of_slots(printer: Any, part: Any, kind: str) -> Lines:
+    """The same for keys in slots, in tiles of queries by keys, whose gradients are summed as columns."""
+    return _of_keys(printer, part, kind, True)
+
+
+def _of_keys(printer: Any, part: Any, kind: str, turned: bool) -> Lines:
     gate = printer.value_gate(part)
+    if turned:
+        by_row, (first, second) = "[:, None]", ("query, tl.trans(key)", "d_out, tl.trans(value)")
+        to_key, to_value = "tl.trans(query), d_raw.to(query.dtype)", "tl.trans(d_out), p.to(d_out.dtype)"
+    else:
+        by_row, (first, second) = "[None, :]", ("key, tl.trans(query)", "value, tl.trans(d_out)")
+        to_key, to_value = "d_raw.to(query.dtype), query", "p.to(d_out.dtype), d_out"
     return [
         "row = first_row + tl.arange(0, BLOCK_Q)",
         "m_row = row < length",
         "row = tl.minimum(row, length - 1)",
-        "q = row[None, :]",
+        f"q = row{by_row}",
         "at = (b * heads + h) * length + row",
-        "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D)",
-        "d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V)",
-        *record_loads(printer.shifted, "BLOCK_Q", "[None, :]"),
+        "query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D, WIDE)",
+        "d_out_at = p_d_out + b * stride_ob + h * stride_oh",
+        "d_out = rows_of(d_out_at, row, stride_os, value_feature, VALUE_DIM, BLOCK_V, WIDE)",
+        *record_loads(printer.shifted, "BLOCK_Q", by_row),
         "share = tl.where(m_row, share, 0.0)",
         *_SEEN_BY_KEYS[kind.split()[0]],
-        *_scores(printer, part, kind, "key, tl.trans(query)", True),
-        "p = exp_above(score, level[None, :], PRECISION) * share[None, :]",
-        "d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)",
+        *_scores(printer, part, kind, first, True),
+        *_weights(printer, part, kind, by_row),
+        f"d_p = tl.dot({second}, input_precision=PRECISION)",
         "d_gate_v = p * d_p",
-        *_flows(printer, part, kind, gate, "delta[None, :]"),
-        *(f"d_u_{g.number} += tl.sum(d_x_{g.number}, 1)" for g in part.gates),
-        *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
-        "d_value = tl.dot(p.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)",
-        "d_key = tl.dot(d_raw.to(query.dtype), query, d_key, input_precision=PRECISION)",
+        *_flows(printer, part, kind, gate, f"delta{by_row}"),
+        *(f"d_u_{g.number} += " + (f"d_x_{g.number}" if turned else f"tl.sum(d_x_{g.number}, 1)") for g in part.gates),
+        *([f"p = {_shown(printer, part, kind, f'p * ({gate})', 'visible')}"] if gate else []),
+        f"d_value = tl.dot({to_value}, d_value, input_precision=PRECISION)",
+        f"d_key = tl.dot({to_key}, d_key, input_precision=PRECISION)",
     ]
 
 
 # Of selected keys, SEEN stands for what the kernel knows: whether they come from slots or are fresh.
-_SEEN_BY_KEYS: dict[str, Lines] = {"full": [], "near": ["seen = m_column[:, None]"], "selected": ["seen = SEEN"]}
+_SEEN_BY_KEYS: dict[str, Lines] = {
+    "full": [],
+    "near": ["seen = m_column[:, None]"],
+    "joined": ["seen = m_column[:, None]", f"selected_0 = {ENTERS}"],
+    "selected": ["seen = SEEN"],
+}

@@ -217,6 +217,17 @@ def from_mask(chosen: Listed, keep: Tensor) -> Listed:
     return Listed(count, chosen.column[keep], chosen.columns)
 
 
+def outside(tiles: Spans | Listed, low: Tensor, high: Tensor) -> Spans | Listed:
+    """The columns of each row that are not in ``[low, high]`` [R] of it; low > high leaves all."""
+    if isinstance(tiles, Spans):
+        within = tiles.intervals
+        low, high = (x.to(within.low)[:, None] for x in (low, high))
+        return Spans(within & ~Intervals(low.clamp(min=0), high.clamp(max=within.size - 1), within.size))
+    row = tiles.coordinates()[2]
+    low, high = (x.to(row.device)[row] for x in (low, high))
+    return from_mask(tiles, (tiles.column < low) | (tiles.column > high))
+
+
 def merged(one: Spans | Listed, other: Listed) -> Spans | Listed:
     """The union of two sets of tiles that have no tile in common."""
     if not len(other.column):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from flexsparse.analysis.bounds import bounds
 from flexsparse.analysis.decide import EMPTY, FULL, PARTIAL, Boxes, Look, decide, look_at_grid
 from flexsparse.analysis.edges import TileSets, query_ranges, ragged, tile_sets
 from flexsparse.analysis.heads import first_alike
-from flexsparse.analysis.lists import Listed, Spans, from_mask, merged
+from flexsparse.analysis.lists import Listed, Spans, from_mask, merged, outside
 from flexsparse.analysis.queries import pairs_seen
 from flexsparse.analysis.region import Bounds, Region
 from flexsparse.ir import nodes
@@ -69,6 +69,7 @@ class Tiles:
     # Filled when first asked for: the dense grid, and the tensors of a block mask.
     _grid: list[Tensor] = field(default_factory=list, compare=False, repr=False)
     lists: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    _apart: dict[int, Tiles] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def q_tiles(self) -> int:
@@ -82,6 +83,18 @@ class Tiles:
     def distinct_heads(self) -> int:
         """Heads with a mask of their own: how many were analysed."""
         return self.partial.count.shape[1]
+
+    def apart_from_entries(self, after: int) -> Tiles:
+        """Without the tiles that a row of tiles has the keys in which are ``after`` queries old in one of its queries.
+
+        The first query of a row is left out: what is as old there was so before the row.
+        """
+        if after not in self._apart:
+            first = torch.arange(self.q_tiles, device=self.partial.count.device) * self.block
+            low, high = ((first + by - after).div(self.block, rounding_mode="floor") for by in (1, self.block - 1))
+            partial, full = (outside(tiles, low, high) for tiles in (self.partial, self.full))
+            self._apart[after] = replace(self, partial=partial, full=full, _grid=[], lists=[], _apart={})
+        return self._apart[after]
 
     @property
     def kinds(self) -> Tensor:

@@ -100,8 +100,9 @@ class _Recorder:
     def _note(self, name: str, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
         if not self.target.is_nvidia:
-            # An option of NVIDIA's backend alone.
+            # What NVIDIA's backend alone knows.
             options.pop("maxnreg", None)
+            arguments |= {"PACKED": 0} if "PACKED" in arguments else {}
         signature, constants, aligned = described(arguments, _constexprs(self.text)[name], _any_number(self.text))
         self.kernels.setdefault(name, Kernel(name, self.text, signature, constants, aligned, options, self.backward))
 

@@ -21,18 +21,19 @@ from flexsparse.ir.program import Program, Selected, program_text
 _LOOPS = (
     (re.compile(r"# Tiles whose every pair|.*tl\.load\(p_full_count"), lambda found: "full"),
     (re.compile(r"# Tiles of which some pairs|.*tl\.load\(p_near_count"), lambda found: "near"),
+    (re.compile(r"# (?:Tiles|Chunks) inside which"), lambda found: "joined"),
     (re.compile(r"# Selection (\d+):|def slot_gradient_(\d+)\("), lambda found: f"selected {found[1] or found[2]}"),
     (re.compile(r"def "), lambda found: ""),
 )
 _NUMBER = r"_(\d+)\b"
 # The first that fits counts. Selections are judged by their own number, expressions by the part.
 _BY_NUMBER = (
+    (re.compile(rf"selected{_NUMBER} = "), "mask"),
     (re.compile(rf"(?:gone|selected{_NUMBER}|slots|following) = .*\bp_(?:birth|death|slots){_NUMBER}"), "mask"),
-    (re.compile(rf"(?:u|tau|known_tau|least|m|slope|d_x|d_tau|d_u){_NUMBER} -?\+?= "), "gate"),
-    (re.compile(rf"(?:x|least) = (?:u|least){_NUMBER}"), "gate"),
+    (re.compile(rf"(?:u|tau|known_tau|least|m|x|d_x|d_tau|d_u){_NUMBER} -?\+?= "), "gate"),
 )
 _BY_PART = (
-    (re.compile(r"visible = |.*tl\.where\(visible, (?:score|d_raw), "), "mask", "mask"),
+    (re.compile(r"visible = |.*tl\.where\(visible, (?:score|p), "), "mask", "mask"),
     (re.compile(r"gate_k = |score = raw \* gate_k$|d_raw = d_raw \* gate_k$"), "gate", "gate_k"),
     (re.compile(r"score = score \+ tl\.log\("), "gate", "gate_logit"),
     (re.compile(rf"(?:p|d_score) = .*\bm{_NUMBER}"), "gate", "gate_v"),

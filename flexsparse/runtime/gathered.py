@@ -18,7 +18,14 @@ from flexsparse.codegen.kernels.recording import repeated
 from flexsparse.ir.nodes import SelectionNode
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import slot_table
-from flexsparse.runtime.gathered_arguments import GatheredCall, arguments_of, constants_of, lists_of, tensors_read
+from flexsparse.runtime.gathered_arguments import (
+    GatheredCall,
+    arguments_of,
+    constants_of,
+    lists_of,
+    numbers_together,
+    tensors_read,
+)
 from flexsparse.runtime.gathered_gradients import gradients
 from flexsparse.runtime.gathered_sizes import KERNELS, sizes_of
 from flexsparse.runtime.inputs import Shapes
@@ -52,7 +59,8 @@ def make_call(
     """The call of these sizes and values; ``tiles`` are those of the near mask in tiles of CHUNK."""
     ks, afters = call_sizes(selections, shapes)
     sizes = {kernel: sizes_of(kernel, shapes) for kernel in KERNELS}
-    return GatheredCall(source, shapes, scale, values, tables_of(values, ks), block_lists(tiles), ks, afters, sizes)
+    lists = block_lists(tiles.apart_from_entries(afters[0]) if source.joined else tiles)
+    return GatheredCall(source, shapes, scale, values, tables_of(values, ks), lists, ks, afters, sizes)
 
 
 def call_sizes(selections: tuple[SelectionNode, ...], shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -108,10 +116,12 @@ def _forward(call: GatheredCall, operands: Sequence[Tensor], gates: Sequence[Ten
     results = {"p_out": out}
     results |= {name: query.new_empty(out.shape[:3], dtype=torch.float32) for name in ("p_lse", "p_level", "p_share")}
 
+    sizes = call.sizes["forward"]
+
     def run() -> None:
         launch(
-            call.module.forward, (call.chunks, shapes.heads, shapes.batch),
-            **arguments_of(call, read), **lists_of(lists), **results, **constants_of(call.sizes["forward"], shapes),
+            call.module.forward, (call.chunks, shapes.heads, shapes.batch), **arguments_of(call, read),
+            **lists_of(lists), **results, **constants_of(sizes, shapes), PACKED=numbers_together(sizes, shapes),
         )  # fmt: skip
 
     repeated(("forward", call.key), [*read.values(), *lists], list(results.values()), run)

@@ -91,7 +91,7 @@ def arguments_of(call: GatheredCall, read: Mapping[str, Tensor]) -> dict[str, An
     for name in ("query", "key", "value"):
         made |= {f"stride_{name[0]}{dim}": read[f"p_{name}"].stride(i) for i, dim in enumerate("bhs")}
     made |= {"length": shapes.q_len, "heads": shapes.heads, "group": shapes.heads // shapes.kv_heads}
-    made["n_chunks"] = call.chunks
+    made |= {"n_chunks": call.chunks, "WIDE": is_wide(*(read[f"p_{name}"] for name in ("query", "key", "value")))}
     for n, (k, after) in enumerate(zip(call.ks, call.afters, strict=True)):
         heads = read[f"p_birth_{n}"].shape[1]
         made |= {f"heads_{n}": heads, f"group_{n}": shapes.heads // heads, f"k_{n}": k, f"after_{n}": after}
@@ -101,6 +101,11 @@ def arguments_of(call: GatheredCall, read: Mapping[str, Tensor]) -> dict[str, An
     for name, dims in call.source.captured:
         made |= {f"of_{name}_stride_{d}": read[f"p_of_{name}"].stride(d) for d in range(dims)}
     return made | call.numbers
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether the rows [B, H, S, D] of a head lie so far apart that 32 bits do not count the numbers between them."""
+    return any((x.shape[2] - 1) * x.stride(2) + x.shape[3] >= 1 << 31 for x in tensors)
 
 
 def lists_of(lists: Sequence[Tensor]) -> dict[str, Any]:
@@ -114,6 +119,14 @@ def lists_of(lists: Sequence[Tensor]) -> dict[str, Any]:
         "index_b": one_b * near_index.stride(0), "index_h": one_h * near_index.stride(1),
         "index_row": near_index.stride(2),
     }  # fmt: skip
+
+
+def numbers_together(sizes: Sizes, shapes: Shapes) -> int:
+    """How many numbers of its rows of output a thread rescales at a time, in NVIDIA's assembly; 0 without it."""
+    held = CHUNK * padded(shapes.value_dim) // (32 * sizes.warps)
+    # The interpreter knows no assembly.
+    assembled = shapes.device.type != "cpu" and torch.version.hip is None
+    return min(held, 64) if assembled and held >= 32 else 0
 
 
 def constants_of(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from torch import Tensor
 from flexsparse.codegen.gathering.tiles import row_fields
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.recording import repeated
-from flexsparse.runtime.gathered_arguments import GatheredCall, arguments_of, constants_of, lists_of, tensors_read
+from flexsparse.runtime.gathered_arguments import (
+    GatheredCall,
+    arguments_of,
+    constants_of,
+    is_wide,
+    lists_of,
+    tensors_read,
+)
 from flexsparse.runtime.gathered_sizes import padded
 from flexsparse.runtime.next_changes import next_changes
 
@@ -62,6 +69,7 @@ def gradients(
 
     def run() -> None:
         arguments = arguments_of(call, read)
+        arguments["WIDE"] = arguments["WIDE"] or is_wide(d_out)
         thresholds = {f"{what}_{n}": arguments[f"{what}_{n}"] for n in source.shifted for what in _THRESHOLDS}
         flow = {"p_d_out": d_out, **dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))}
         rows = level.new_empty(*level.shape, len(row_fields(source.shifted)))
@@ -69,6 +77,7 @@ def gradients(
             call.module.row_products, (-(-shapes.q_len // _ROWS), shapes.heads, shapes.batch), **flow,
             p_out=out, p_d_lse=d_lse, p_level=level, p_share=share, p_rows=rows, length=shapes.q_len,
             heads=shapes.heads, **thresholds, VALUE_DIM=shapes.value_dim, BLOCK_V=padded(shapes.value_dim), ROWS=_ROWS,
+            WIDE=arguments["WIDE"],
         )  # fmt: skip
         _of_keys(call, arguments, flow | {"p_rows": rows}, made)
         launch(

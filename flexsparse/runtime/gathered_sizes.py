@@ -14,7 +14,17 @@ from flexsparse.runtime.inputs import Shapes
 from flexsparse.runtime.tuned import KERNELS, ROWS, Sizes, padded, place_of, tuned_sizes
 from flexsparse.settings import CHUNK
 
-__all__ = ["FEW_FEATURES", "FEW_REGISTERS", "KERNELS", "Sizes", "fitting", "padded", "shared_bytes", "sizes_of"]
+__all__ = [
+    "FEW_FEATURES",
+    "FOUR_BLOCKS",
+    "KERNELS",
+    "THREE_BLOCKS",
+    "Sizes",
+    "fitting",
+    "padded",
+    "shared_bytes",
+    "sizes_of",
+]
 
 # What a kernel takes beside its tiles, bytes: to change layouts, as much as was seen with triton 3.6 to 3.9.
 _SLACK = 9216
@@ -22,29 +32,24 @@ _SLACK = 9216
 _LEAST_SHARED = 101_376
 
 
-# From the fastest on; the first that fits is taken. With few registers three blocks share a multiprocessor rather than
-# two, which pays for rows of up to 128 features; where a third stage would cost a block its place, it is not taken.
-FEW_REGISTERS, FEW_FEATURES = 168, 128
-_BLOCKS = {"forward": 3, "query": 3, "key": 2, "slot": 2}
+# From the fastest on; the first that fits is taken. Registers a thread with which so many blocks of four warps share a
+# multiprocessor; it pays for rows of up to 128 features.
+FOUR_BLOCKS, THREE_BLOCKS, FEW_FEATURES = 128, 168, 128
 _TRIED = {
     "forward": (
-        *(Sizes(CHUNK, 32, 4, 3, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 64, 4, 2)),
+        *(Sizes(CHUNK, 32, 4, 2, FOUR_BLOCKS), Sizes(CHUNK, 64, 4, 2)),
         *(Sizes(CHUNK, 64, 4, 1), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
     "query": (
-        *(Sizes(CHUNK, 32, 4, 2, FEW_REGISTERS), Sizes(CHUNK, 32, 4, 2)),
+        *(Sizes(CHUNK, 32, 4, 2, THREE_BLOCKS), Sizes(CHUNK, 32, 4, 2)),
         *(Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
     "key": (
         *(Sizes(32, 64, 4, 3), Sizes(32, 64, 4, 2)),
         *(Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
     ),
-    "slot": (Sizes(32, 64, 4, 2), Sizes(32, 64, 4, 1), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
+    "slot": (Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2), Sizes(32, 32, 4, 1), Sizes(16, 16, 4, 1)),
 }
-# Queries from which on a block of 64 slots, at 128 features, spends less on changes than one of 32 on reading twice:
-# measured at 16,384 and 65,536, and at 64 features at 16,384. Whatever k is, a block changes every position / 64
-# queries, and what a change costs grows with the features.
-_LONG, _AT_FEATURES = 49_152, 128
 # Products of float32 are not those of tensor cores: smaller tiles compile in seconds rather than in half a minute.
 _TRIED_WIDE = {
     **dict.fromkeys(("forward", "query"), (Sizes(CHUNK, 32, 8, 1), Sizes(CHUNK, 16, 8, 1))),
@@ -67,7 +72,8 @@ def _fastest(kernel: str, shapes: Shapes, limit: int, tuned: Sizes | None) -> Si
     tried = _TRIED_WIDE[kernel] if shapes.dtype is torch.float32 else (*_special(kernel, shapes), *_TRIED[kernel])
     if max(shapes.head_dim, shapes.value_dim) > FEW_FEATURES:
         tried = tuple(sizes for sizes in tried if not sizes.registers)
-    tried = tuple(s for s in tried if s.stages < 3 or _BLOCKS[kernel] * shared_bytes(kernel, s, shapes) <= limit)
+    # A third stage that costs a block its place is not worth it.
+    tried = tuple(s for s in tried if s.stages < 3 or 2 * shared_bytes(kernel, s, shapes) <= limit)
     found = fitting(kernel, tried if tuned is None else (tuned, *tried), shapes, limit)
     if not found:
         raise BackendError(
@@ -80,13 +86,13 @@ def _fastest(kernel: str, shapes: Shapes, limit: int, tuned: Sizes | None) -> Si
 
 
 def _special(kernel: str, shapes: Shapes) -> tuple[Sizes, ...]:
-    """What is faster for narrow rows or short sequences."""
-    widest = max(shapes.head_dim, shapes.value_dim)
-    if kernel == "key" and widest <= 64:
-        return (Sizes(64, 64, 4, 2),)
-    if kernel == "slot" and shapes.q_len * _AT_FEATURES**2 < _LONG * widest**2:
-        return Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 2)
-    return ()
+    """What is faster for narrow rows."""
+    narrow = {
+        "forward": Sizes(CHUNK, 64, 4, 2, FOUR_BLOCKS),
+        "query": Sizes(CHUNK, 32, 4, 2, FOUR_BLOCKS),
+        "key": Sizes(64, 64, 4, 2),
+    }
+    return (narrow[kernel],) if kernel in narrow and max(shapes.head_dim, shapes.value_dim) <= 64 else ()
 
 
 def fitting(kernel: str, tried: tuple[Sizes, ...], shapes: Shapes, limit: int | None = None) -> list[Sizes]:
@@ -103,7 +109,7 @@ def shared_bytes(kernel: str, sizes: Sizes, shapes: Shapes) -> int:
         stays = CHUNK * (padded(shapes.head_dim) if kernel == "forward" else features)
         comes, turned = sizes.keys * features, 0
     else:
-        stays, comes, turned = sizes.keys * features, sizes.queries * features, sizes.keys * widest
+        stays, comes, turned = sizes.keys * features, sizes.queries * features, sizes.keys * max(widest, sizes.queries)
     return (stays + sizes.stages * comes + turned) * shapes.dtype.itemsize + _SLACK
 
 

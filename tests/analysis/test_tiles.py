@@ -51,6 +51,25 @@ def test_tiles_are_sound_for_any_pattern_with_selections(pattern: Any, size: int
     assert_tiles_sound(kinds, BLOCK, dense)
 
 
+@pytest.mark.parametrize("after", [0, 1, 15, 16, 20, 33, 47, 48, 200])
+@pytest.mark.parametrize("text", ["sliding_window(30)", "causal() & (q % 3 > kv % 2)", "sinks(3) | sliding_window(16)"])
+def test_tiles_apart_from_those_where_keys_enter(text: str, after: int) -> None:
+    size = 100
+    pattern: Any = fs.parse(text)
+    bound, _ = bound_and_functions(pattern, plain_shapes(size, batch=1, heads=1, kv_heads=1), {}, BLOCK)
+    query, key = torch.arange(size)[:, None], torch.arange(size)[None, :]
+    # At the first query of a row of tiles no key enters inside of it.
+    enters = (query - key == after) & (query % BLOCK > 0)
+    pad = -size % BLOCK
+    entered = torch.nn.functional.pad(enters, (0, pad, 0, pad)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    kept = bound.tiles.kinds[0, 0].masked_fill(entered.any(3).any(1), EMPTY)
+    apart = bound.tiles.apart_from_entries(after)
+    # The last row of tiles has queries that are not there, for which keys are left out as well.
+    assert torch.equal(apart.kinds[0, 0, :-1], kept[:-1])
+    assert ((apart.kinds[0, 0, -1] == kept[-1]) | (apart.kinds[0, 0, -1] == EMPTY)).all()
+    assert apart is bound.tiles.apart_from_entries(after)
+
+
 @pytest.mark.parametrize(
     "mask",
     [

@@ -61,12 +61,19 @@ def test_lines_of_kernels_that_gather() -> None:
     found = marked("((sliding_window(96) | sparsek(64, after=96)) & (q - kv < 200)).score(softcap(30))")
     (near,) = found["visible = seen & ((kv <= q) & (q - kv < 96) & (q - kv < 200))"]
     assert near == Mark("mask", "(kv <= q) & (q - kv < 96) & (q - kv < 200)", ("sliding_window(96)",))
-    # Slots and fresh keys: selected, and within what the user asks besides.
-    slots, fresh = found["visible = seen & (q - kv < 200)"]
-    assert slots == fresh == Mark("mask", "selected_0 & (q - kv < 200)", ("sparsek(64, after=96)",))
+    # Slots: selected, and within what the user asks besides.
+    (slots,) = found["visible = seen & (q - kv < 200)"]
+    assert slots == Mark("mask", "selected_0 & (q - kv < 200)", ("sparsek(64, after=96)",))
     assert found["seen = q < gone"] == [Mark("mask", "selected_0", ("sparsek(64, after=96)",))]
+    # Where keys enter: either of both.
+    line = "visible = seen & ((kv <= q) & (q - kv < 96) & (q - kv < 200) | selected_0 & (q - kv < 200))"
+    (joined,) = found[line]
+    assert joined.kind == "mask"
+    assert joined.origins == ("sliding_window(96)", "sparsek(64, after=96)")
+    (enters,) = [marks for line, marks in found.items() if line.startswith("selected_0 = (kv + after_0 <= q)")]
+    assert enters == [Mark("mask", "selected_0", ("sparsek(64, after=96)",))]
     gates = marked("sliding_window(96) | sparsek(64, after=96)")
-    for line in ("x = u_0 - known_tau_0", "m_0 = clipped(x, least)", "gate_k = m_0", "p = p * (m_0)"):
+    for line in ("x_0 = u_0 - known_tau_0", "m_0 = clipped(x_0, least_0)", "gate_k = m_0", "p = p * (m_0)"):
         assert set(gates[line]) == {Mark("gate", "m_0", ("sparsek(64, after=96)",))}, line
     score = [m for line, marks in found.items() if line.startswith("score = 30 * tanh(") for m in marks]
     assert set(score) == {Mark("score", "30 * tanh(score / 30)", ("softcap(30)",))}
@@ -77,8 +84,8 @@ def test_lines_of_kernels_that_gather() -> None:
 
 def test_gradients_are_marked_and_the_text_stays_a_program() -> None:
     found = marked("(sliding_window(96) | sparsek(64, after=96)) + alibi()", "triton-backward")
-    assert found["slope_0 = tl.where((x > least) & (x < 1.0), 1.0, 0.0)"][0].kind == "gate"
-    assert found["d_x_0 = (d_raw * raw + d_gate_v) * slope_0"][0].origins == ("sparsek(64, after=96)",)
+    line = "d_x_0 = tl.where((m_0 > least_0) & (m_0 < 1.0) & visible, d_raw * raw + d_gate_v, 0.0)"
+    assert set(found[line]) == {Mark("gate", "m_0", ("sparsek(64, after=96)",))}
     attention = fs.compile("sliding_window(96) | sparsek(64, after=96)")
     attention.bind(q_len=256, head_dim=64)
     text = attention.code("triton")

@@ -10,8 +10,8 @@ import torch
 
 import flexsparse as fs
 from flexsparse.codegen.kernels import recording
-from flexsparse.language import b, captured, kv, per_head, q, topk, where
-from flexsparse.runtime import gathered, gathered_gradients
+from flexsparse.language import b, captured, kv, log, per_head, q, score, topk, where
+from flexsparse.runtime import gathered, gathered_arguments, gathered_gradients
 from flexsparse.tolerance import evaluate
 from tests.gathered.calls import COMPOSITIONS, DEVICE, call_of, failures
 from tests.runtime.compositions import CAUSAL, P
@@ -59,6 +59,33 @@ def test_any_length(size: int) -> None:
 def test_any_number_of_slots(k: int) -> None:
     pattern = P["sparsek"](k) + P["alibi"]()
     assert not failures(pattern, call_of(pattern, 140, batch=1))
+
+
+@pytest.mark.parametrize(
+    ("window", "after"), [(64, 64), (40, 1), (130, 64), (20, 64), (3, 0), (70, 33), (40, 250)], ids=str
+)
+def test_keys_enter_in_tiles_that_the_window_has_or_has_not(window: int, after: int) -> None:
+    """Those tiles are computed once, whatever else of them is near: nothing, a part, or all of it."""
+    pattern = P["sliding_window"](window) | P["sparsek"](24, after=after) | P["sinks"](3)
+    assert not failures(pattern, call_of(pattern, 200, batch=1, heads=2, kv_heads=1))
+
+
+def test_rows_too_far_apart_for_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = torch.empty_strided((1, 1, 3, 8), (0, 0, 1 << 30, 1), device="meta")
+    assert gathered_arguments.is_wide(far)
+    assert not gathered_arguments.is_wide(far[:, :, :2])
+    monkeypatch.setattr(gathered_arguments, "is_wide", lambda *tensors: True)
+    assert not failures(HYBRID, call_of(HYBRID, 130, batch=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_whose_scores_rise_for_long(head_dim: int, dtype: torch.dtype) -> None:
+    """Each tile of keys raises the level of its rows, or falls short of it by less than what is let pass."""
+    call = call_of(HYBRID, SIZE, dtype, batch=1, heads=2, kv_heads=2, head_dim=head_dim)
+    rising = torch.linspace(0, 40, SIZE, device=DEVICE)[:, None]
+    call.key.copy_(call.query.flip(2) * 0.1 + rising * call.query.sign().mean(2, keepdim=True))
+    assert not failures(HYBRID, call)
 
 
 def arithmetic() -> dict[str, Any]:
@@ -146,6 +173,33 @@ def test_scores_that_are_no_numbers_leave_earlier_rows_alone(gate: str) -> None:
     assert torch.equal(found[0][1][:, :, :70], found[1][1][:, :, :70])
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+@pytest.mark.parametrize("name", ["hybrid", "selected", "scored", "two", "capped"])
+def test_a_threshold_that_is_no_number_stays_with_the_keys_that_are_seen(name: str) -> None:
+    selected, near = P["sparsek"](8, after=20), P["sliding_window"](20)
+    pattern = {
+        "hybrid": near | selected,
+        "selected": P["sparsek"](8),
+        # Its slope is no number where the key is later than the query.
+        "scored": (near | selected).score(score * (1 + log(q - kv + 1) / 8)),
+        "two": near | selected | P["sparsek"](5, after=20, scores="u"),
+        "capped": near | topk(8, after=20, gate="capped_softmax"),
+    }[name]
+    call = call_of(pattern, 100, batch=1, heads=2, kv_heads=1)
+    # The first keys nobody sees any more when scores begin to be no numbers.
+    for scores in (call.captured[each] for each in ("scores", "u") if each in call.captured):
+        scores[..., :30] = torch.linspace(-9, -8, 30, device=DEVICE)
+    call.captured["scores"][..., 90:] = torch.nan
+    leaves = [x.clone().requires_grad_() for x in (call.query, call.key, call.value)]
+    attention: Any = fs.compile(pattern, backend="gather")
+    out = attention(*leaves, **call.captured, validate=False)
+    of_query, *of_keys = torch.autograd.grad(out, leaves, call.grad_out)
+    assert not torch.isnan(of_query[:, :, :90]).any()
+    for gradient in of_keys:
+        assert not torch.isnan(gradient[:, :, :30]).any()
+        assert torch.isnan(gradient[:, :, 30:90]).any()
+
+
 def test_nothing_flows_into_rows_without_keys() -> None:
     pattern: Any = P["sparsek"](16, after=20)
     call = call_of(pattern, 70, batch=1, heads=2, kv_heads=1)
@@ -209,8 +263,8 @@ def test_operands_with_heads_behind_positions_are_read_where_they_are(
 
 # numpy says so where the interpreter takes the difference of two stand-ins for infinity.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_infinite_scores() -> None:
-    pattern: Any = P["sparsek"](8)
+@pytest.mark.parametrize("pattern", [P["sparsek"](8), P["sliding_window"](8) | P["sparsek"](8, after=8)])
+def test_infinite_scores(pattern: Any) -> None:
     call = call_of(pattern, SIZE, batch=1)
     call.captured["scores"][..., 5:90:7] = -torch.inf
     call.captured["scores"][..., 20:90:31] = torch.inf

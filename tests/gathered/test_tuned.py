@@ -53,8 +53,7 @@ def test_what_was_kept_comes_before_the_table() -> None:
     assert {kernel: sizes_of(kernel, SHAPES) for kernel in KERNELS} == FOUND
     # float16 is as wide as bfloat16, and 50 features are held in 64; other places keep the table's.
     assert sizes_of("forward", replace(SHAPES, dtype=torch.float16, head_dim=50)) == FOUND["forward"]
-    wider = replace(SHAPES, head_dim=128)
-    assert sizes_of("forward", wider) == before["forward"]
+    assert sizes_of("slot", replace(SHAPES, head_dim=128)) == before["slot"]
     assert sizes_of("forward", replace(SHAPES, dtype=torch.float32)) not in (FOUND["forward"], before["forward"])
 
 
@@ -62,7 +61,7 @@ def test_what_does_not_fit_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> No
     tuned.keep_tuned(PLACE, FOUND)
     monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 101_376)
     assert gathered_sizes.shared_bytes("forward", WIDE, SHAPES) > 101_376
-    assert sizes_of("forward", SHAPES) == Sizes(64, 32, 4, 2, gathered_sizes.FEW_REGISTERS)
+    assert sizes_of("forward", SHAPES) == Sizes(64, 64, 4, 2, gathered_sizes.FOUR_BLOCKS)
     assert sizes_of("key", SHAPES) == FOUND["key"]
 
 
@@ -74,11 +73,22 @@ def test_only_sizes_that_cover_every_tile_are_tried(kernel: str) -> None:
     assert all(64 % sizes.queries == 0 for sizes in tried)
 
 
-def test_a_third_stage_is_taken_where_three_blocks_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sizes_of("forward", SHAPES).stages == 3
-    one = gathered_sizes.shared_bytes("forward", sizes_of("forward", SHAPES), SHAPES)
-    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 3 * one - 1)
-    assert sizes_of("forward", SHAPES).stages == 2
+def test_a_third_stage_is_taken_where_two_blocks_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = replace(SHAPES, head_dim=128, value_dim=128)
+    three = Sizes(32, 64, 4, 3)
+    one = gathered_sizes.shared_bytes("key", three, wide)
+    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 2 * one)
+    assert sizes_of("key", wide) == three
+    monkeypatch.setattr(gathered_sizes, "_shared_memory", lambda device: 2 * one - 1)
+    assert sizes_of("key", wide) == replace(three, stages=2)
+
+
+def test_sizes_with_which_a_kernel_faults_are_neither_tried_nor_read() -> None:
+    assert not [s for s in tuning.candidates("slot", SHAPES) if s.queries == 64 and s.stages == 1]
+    faulty = Sizes(64, 32, 4, 1)
+    tuned.keep_tuned(PLACE, {**FOUND, "slot": faulty})
+    with pytest.warns(BackendNotice, match="is not what `flexsparse tune` writes"):
+        assert sizes_of("slot", SHAPES) != faulty
 
 
 def test_no_gpu_has_no_place() -> None:
@@ -123,7 +133,7 @@ def test_an_unreadable_cache_is_no_error(tmp_path: pathlib.Path, monkeypatch: py
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     monkeypatch.setenv("FLEXSPARSE_CACHE_DIR", str(blocked))
-    assert sizes_of("forward", SHAPES) == gathered_sizes._TRIED["forward"][0]
+    assert sizes_of("slot", SHAPES) == gathered_sizes._TRIED["slot"][0]
     with pytest.raises(OSError, match="file"):
         tuned.keep_tuned(PLACE, FOUND)
 
