@@ -25,7 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # A slot's record has its key in so many bits, and above them for how many queries of the chunk it stays.
 KEY_BITS = tl.constexpr({KEY_BITS})
 KEY_MASK = tl.constexpr({(1 << KEY_BITS) - 1})
-# A row is measured against its highest score so far, or one that is less by no more than this.
+# A row is measured against its highest score so far, or one that is less by no more than this; float32 has no slack.
 SLACK = tl.constexpr(5.0)
 """
 _HELPERS += '''
@@ -84,6 +84,17 @@ def exp_above(score, level, PRECISION: tl.constexpr):
         # One operation a pair.
         x = score * LOG2E - level * LOG2E
     return tl.exp2(x)
+
+
+@triton.jit
+def raised(top, highest, PRECISION: tl.constexpr):
+    """What rows are measured against once their highest new score is known."""
+    if PRECISION == "ieee":
+        # The less a score is below the level, the more exact is its exponential.
+        higher = tl.maximum(top, highest)
+    else:
+        higher = tl.where(highest > top + SLACK, highest, top)
+    return higher
 
 
 @triton.jit

@@ -28,6 +28,8 @@ _ONE_PROGRAM = 8192
 _MANY_ROWS = 64
 # Scores of rows that are worked on together. Fewer would leave a GPU idle, more need room: some 100 bytes a score.
 _TOGETHER = 2 << 20
+# Rows from this length on keep a GPU busy one by one.
+_ALONE = 1 << 20
 # From so many scores on the host is done before the GPU.
 _BESIDE = 1 << 21
 _LONGEST_ROW = 1 << 30
@@ -87,7 +89,7 @@ def select(
             table = u.new_empty((rows, -(-size // chunk), min(k, size)), dtype=torch.int32)
     wanted = Wanted(found, lived, table, gates)
     bounds = _bounds(segments)
-    together = max(1, _TOGETHER // max(size, 1))
+    together = 1 if size >= _ALONE else max(1, _TOGETHER // max(size, 1))
     if rows <= together:
         _select_group(u, k, after, bounds, wanted, chunk, finite)
         return wanted
