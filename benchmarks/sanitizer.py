@@ -52,7 +52,7 @@ def _run_all() -> None:
         z = torch.randn(rows, size, device="cuda", requires_grad=True)
         torch.autograd.grad(ops.sparsek(z, 5).square().sum(), z)
     for pattern in PATTERNS:
-        for dtype, head_dim in ((torch.bfloat16, 64), (torch.float32, 24)):
+        for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 24)):
             query = torch.randn(1, 4, 333, head_dim, device="cuda", dtype=dtype, requires_grad=True)
             key, value = (
                 torch.randn(1, 2, 333, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in "kv"

@@ -41,9 +41,10 @@ _GATES = {
     "": "clipped({x}, {least})",
     "capped_softmax": "tl.where({x} <= tl.log({least}), {least}, tl.exp(tl.where({x} >= 0.0, 0.0, {x})))",
 }
-# For the backward pass numbers even where x is none: p says so where a query sees the key, and it is 0 elsewhere.
+# Numbers even where x is none, which then is for others to say: in the forward pass for the product of query and key,
+# in the backward pass for p where the query sees the key; p is 0 elsewhere.
 _FINITE_GATES = {
-    "": "tl.maximum(tl.minimum({x}, 1.0), {least})",
+    "": "saturated({x}, {least})",
     "capped_softmax": "tl.maximum(tl.exp(tl.minimum({x}, 0.0)), {least})",
 }
 # Where a gate has a slope, "" for everywhere, and the slope there, "" for 1.
@@ -203,10 +204,11 @@ class _Printer:
             n, through = gate.number, gate.through
             if through and not slopes:
                 continue
-            threshold = f"known_tau_{n}" if not slopes and self.sure(part) == n else f"tau_{n}"
+            sure = self.sure(part) == n
+            threshold = f"known_tau_{n}" if not slopes and sure else f"tau_{n}"
             lines.append(f"x_{n} = u_{n}" + ("" if through == "ste_identity" else f" - {threshold}"))
             if not through:
-                made = (_FINITE_GATES if slopes else _GATES)[_kind(gate)]
+                made = (_FINITE_GATES if slopes or sure else _GATES)[_kind(gate)]
                 lines.append(f"m_{n} = {made.format(x=f'x_{n}', least=f'least_{n}')}")
         return lines
 

@@ -75,6 +75,12 @@ def clipped(x, least):
 
 
 @triton.jit
+def saturated(x, least):
+    """x in [least, 1], a number even where it is none. What is between 0 and 1 costs a sum nothing."""
+    return tl.maximum(tl.minimum(tl.maximum(x, 0.0), 1.0), least)
+
+
+@triton.jit
 def exp_above(score, level, PRECISION: tl.constexpr):
     """exp(score - level)"""
     if PRECISION == "ieee":
@@ -151,7 +157,8 @@ _ROWS = (
     """
 # A tile of the block mask is cut into whole parts.
 tl.static_assert(BLOCK_M % BLOCK_N == 0)
-chunk = tl.program_id(0)
+# The longest rows come first, so that a GPU is busy to the end.
+chunk = n_chunks - 1 - tl.program_id(0)
 # Heads times their strides can pass 32 bits.
 h = tl.program_id(1).to(tl.int64)
 b = tl.program_id(2).to(tl.int64)

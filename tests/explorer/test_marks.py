@@ -73,7 +73,7 @@ def test_lines_of_kernels_that_gather() -> None:
     (enters,) = [marks for line, marks in found.items() if line.startswith("selected_0 = (kv + after_0 <= q)")]
     assert enters == [Mark("mask", "selected_0", ("sparsek(64, after=96)",))]
     gates = marked("sliding_window(96) | sparsek(64, after=96)")
-    for line in ("x_0 = u_0 - known_tau_0", "m_0 = clipped(x_0, least_0)", "gate_k = m_0", "p = p * (m_0)"):
+    for line in ("x_0 = u_0 - known_tau_0", "m_0 = saturated(x_0, least_0)", "gate_k = m_0", "p = p * (m_0)"):
         assert set(gates[line]) == {Mark("gate", "m_0", ("sparsek(64, after=96)",))}, line
     score = [m for line, marks in found.items() if line.startswith("score = 30 * tanh(") for m in marks]
     assert set(score) == {Mark("score", "30 * tanh(score / 30)", ("softcap(30)",))}
