@@ -1,4 +1,4 @@
-"""The whole module: helpers, loops over the parts of a chunk's keys, and the kernels with their parameters.
+"""The whole module: helpers, and the kernels with their parameters.
 
 Indices beyond the ends are clamped, so that no look-up leaves its tensor, and hidden by masks.
 """
@@ -8,133 +8,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, known, slot_gradient, taken_over
-from flexsparse.codegen.gathering.tiles import (
-    ENTERS,
-    Lines,
-    key_loads,
-    record_loads,
-    record_puts,
-    row_fields,
-    row_loads,
-)
-from flexsparse.codegen.kernels.record_layout import KEY_BITS
-
-_HELPERS = f"""
-LOG2E = tl.constexpr(1.4426950408889634)
-# A slot's record has its key in so many bits, and above them for how many queries of the chunk it stays.
-KEY_BITS = tl.constexpr({KEY_BITS})
-KEY_MASK = tl.constexpr({(1 << KEY_BITS) - 1})
-# A row is measured against its highest score so far, or one that is less by no more than this; float32 has no slack.
-SLACK = tl.constexpr(5.0)
-"""
-_HELPERS += '''
-
-def multiplies(count):
-    """PTX that multiplies ``count`` numbers of each thread in place, unless all factors of a warp are 1."""
-    least = [f"${2 * count + i}" for i in range(count)]
-    lines = [".reg .pred differs;", f".reg .f32 least<{count}>;"]
-    while len(least) > 1:
-        half = [f"least{len(least) // 2 + i}" for i in range(len(least) // 2)]
-        lines += [f"min.f32 {x}, {a}, {b};" for x, a, b in zip(half, least[::2], least[1::2])]
-        least = half
-    lines += [f"setp.neu.f32 differs, {least[0]}, 0f3F800000;", "vote.sync.any.pred differs, differs, 0xffffffff;"]
-    lines += ["@!differs bra.uni done;", *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)), "done:"]
-    return "{ " + " ".join(lines) + " }"
-
-
-def operands(count):
-    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
-
-
-MULTIPLIES_32, OPERANDS_32 = tl.constexpr(multiplies(32)), tl.constexpr(operands(32))
-MULTIPLIES_64, OPERANDS_64 = tl.constexpr(multiplies(64)), tl.constexpr(operands(64))
-
-
-@triton.jit
-def floordiv(a, b):
-    """Division that rounds down, as Python's."""
-    whole = a // b
-    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), whole - 1, whole)
-
-
-@triton.jit
-def floormod(a, b):
-    return a - floordiv(a, b) * b
-
-
-@triton.jit
-def tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-@triton.jit
-def clipped(x, least):
-    """x in [least, 1], NaN where it is NaN."""
-    return tl.maximum(tl.minimum(x, 1.0, tl.PropagateNan.ALL), least, tl.PropagateNan.ALL)
-
-
-@triton.jit
-def saturated(x, least):
-    """x in [least, 1], a number even where it is none. What is between 0 and 1 costs a sum nothing."""
-    return tl.maximum(tl.minimum(tl.maximum(x, 0.0), 1.0), least)
-
-
-@triton.jit
-def exp_above(score, level, PRECISION: tl.constexpr):
-    """exp(score - level)"""
-    if PRECISION == "ieee":
-        # A product with level is rounded: the larger the scores, the more each row would be off, in float32 visibly.
-        x = (score - level) * LOG2E
-    else:
-        # One operation a pair.
-        x = score * LOG2E - level * LOG2E
-    return tl.exp2(x)
-
-
-@triton.jit
-def raised(top, highest, PRECISION: tl.constexpr):
-    """What rows are measured against once their highest new score is known."""
-    if PRECISION == "ieee":
-        # The less a score is below the level, the more exact is its exponential.
-        higher = tl.maximum(top, highest)
-    else:
-        higher = tl.where(highest > top + SLACK, highest, top)
-    return higher
-
-
-@triton.jit
-def scaled(x, by, PACKED: tl.constexpr):
-    """x * by for factors that mostly are 1; PACKED numbers of a thread at a time are passed by where all are."""
-    if PACKED == 64:
-        x, by = tl.broadcast(x, by)
-        x = tl.inline_asm_elementwise(MULTIPLIES_64, OPERANDS_64, [x, by], dtype=tl.float32, is_pure=True, pack=64)
-    elif PACKED == 32:
-        x, by = tl.broadcast(x, by)
-        x = tl.inline_asm_elementwise(MULTIPLIES_32, OPERANDS_32, [x, by], dtype=tl.float32, is_pure=True, pack=32)
-    else:
-        x = x * by
-    return x
-
-
-@triton.jit
-def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):
-    """Rows by index, [len(index), PADDED]; WIDE where they lie more than 2^31 numbers apart."""
-    if WIDE:
-        index = index.to(tl.int64)
-    at = p_base + index[:, None] * stride + feature[None, :]
-    if SIZE == PADDED:
-        found = tl.load(at)
-    else:
-        found = tl.load(at, mask=feature[None, :] < SIZE, other=0.0)
-    return found
-
-
-@triton.jit
-def put_rows(p_base, index, stride, feature, x, m_row, SIZE: tl.constexpr):
-    at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
-    tl.store(at, x.to(p_base.dtype.element_ty), mask=m_row[:, None] & (feature[None, :] < SIZE))
-'''
+from flexsparse.codegen.gathering.helpers import HELPERS
+from flexsparse.codegen.gathering.loops import key_loops, row_loops
+from flexsparse.codegen.gathering.slots import INDICES, indented, join_spans, slot_gradient, taken_over
+from flexsparse.codegen.gathering.tiles import Lines, key_loads, record_loads, record_puts, row_fields, row_loads
 
 _ROW_PRODUCTS = """
 row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -176,151 +53,6 @@ value_at = b * stride_vb + kv_head * stride_vh
 query = rows_of(p_query + b * stride_qb + h * stride_qh, row, stride_qs, feature, HEAD_DIM, BLOCK_D, WIDE)
 """
 )
-
-
-def _near_loop(name: str, body: Lines) -> Lines:
-    """All tiles of one list of a chunk; a tile of the block mask is BLOCK_M keys wide."""
-    edge = ["seen = (column < length)[None, :]", "column = tl.minimum(column, length - 1)"] if name == "near" else []
-    return [
-        f"# {'Tiles whose every pair' if name == 'full' else 'Tiles of which some pairs'} the pattern allows anyway.",
-        f"count = tl.load(p_{name}_count + b * count_b + h * count_h + chunk) * (BLOCK_M // BLOCK_N)",
-        f"tiles = p_{name}_index + b * index_b + h * index_h + chunk * index_row",
-        *_for_each_tile("BLOCK_N"),
-        "    column = tile * BLOCK_M + step % (BLOCK_M // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)",
-        *(f"    {line}" for line in edge),
-        "    kv = column[None, :]",
-        *(f"    {line}" for line in body),
-    ]
-
-
-def _for_each_tile(part: str) -> Lines:
-    """The head of a loop over ``count`` parts of the ``tiles`` of a list; the next tile is known before its turn."""
-    return [
-        "following = tl.load(tiles, mask=count > 0, other=0)",
-        "for step in range(count):",
-        "    tile = following",
-        f"    following = tl.load(tiles + (step + 1) // (BLOCK_M // {part}), mask=step + 1 < count, other=0)",
-    ]
-
-
-def _slots_loop(n: str, body: Lines, scored: bool) -> Lines:
-    head = f"(b * heads_{n} + h // group_{n})"
-    load = f"tl.load(records + slot[:, None] * 2 + twice[None, :], mask=(slot < k_{n})[:, None], other=0)"
-    return [
-        f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
-        "slot = tl.arange(0, BLOCK_N)",
-        "# Read twice: of fewer numbers than it has threads, a block loads each wherever it is wanted.",
-        "twice = tl.arange(0, 4) % 2",
-        f"records = p_records_{n} + ({head} * n_chunks + chunk) * k_{n} * 2",
-        f"following = {load}",
-        f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
-        "    # The keys of the next tile are known before this one's are used.",
-        "    holders, scores = tl.split(tl.reshape(following, [BLOCK_N, 2, 2]))",
-        "    holder, again = tl.split(holders)",
-        *(["    bits, again = tl.split(scores)", f"    u_{n} = bits.to(tl.float32, bitcast=True)[None, :]"] * scored),
-        "    slot += BLOCK_N",
-        f"    following = {load}",
-        "    column = holder & KEY_MASK",
-        "    kv = column[None, :]",
-        "    gone = (start + (holder >> KEY_BITS))[None, :]",
-        "    seen = q < gone",
-        *(f"    {line}" for line in body),
-    ]
-
-
-def _fresh_loop(n: str, body: Lines, scored: bool) -> Lines:
-    return [
-        f"# Selection {n}: the keys that enter inside the chunk.",
-        f"for first in range(start + 1 - after_{n}, start + BLOCK_M - after_{n}, BLOCK_N):",
-        "    column = first + tl.arange(0, BLOCK_N)",
-        "    m_key = (column >= 0) & (column < length)",
-        "    column = tl.minimum(tl.maximum(column, 0), length - 1)",
-        "    kv = column[None, :]",
-        f"    gone = tl.where(m_key, tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + column), 0)"
-        "[None, :]",
-        f"    seen = (kv + after_{n} <= q) & (q < gone)",
-        *(f"    {line}" for line in (key_loads([int(n)], "[None, :]") if scored else [])),
-        *(f"    {line}" for line in body),
-    ]
-
-
-def _joined_loop(body: Lines) -> Lines:
-    """The tiles with the keys that enter selection 0 inside the chunk, whole."""
-    return [
-        "# Tiles inside which keys enter selection 0: those that do, and what the pattern allows anyway.",
-        "begin = tl.maximum(start + 1 - after_0, 0) // BLOCK_M * BLOCK_M",
-        "end = tl.cdiv(tl.maximum(start + BLOCK_M - after_0, 0), BLOCK_M) * BLOCK_M",
-        "for first in range(begin, end, BLOCK_N):",
-        "    column = first + tl.arange(0, BLOCK_N)",
-        "    seen = (column < length)[None, :]",
-        "    column = tl.minimum(column, length - 1)",
-        "    kv = column[None, :]",
-        "    gone = tl.load(p_death_0 + (b * heads_0 + h // group_0) * length + column)[None, :]",
-        f"    selected_0 = {ENTERS}",
-        *(f"    {line}" for line in body),
-    ]
-
-
-def _row_loops(blocks: Mapping[tuple[str, str], Lines], way: str, gated: Mapping[int, Sequence[int]]) -> Lines:
-    lines: Lines = []
-    for (of, name), body in blocks.items():
-        if of != way:
-            continue
-        kind, _, number = name.partition(" ")
-        if kind == "selected":
-            scored = int(number) in gated[int(number)]
-            lines += _slots_loop(number, body, scored)
-            lines += [] if (way, "joined") in blocks else _fresh_loop(number, body, scored)
-        else:
-            lines += _joined_loop(body) if kind == "joined" else _near_loop(kind, body)
-    return lines
-
-
-def _key_loops(blocks: Mapping[tuple[str, str], Lines]) -> Lines:
-    """For a tile of keys and a head: the chunks that see it near, and those inside which its keys enter."""
-    lines: Lines = []
-    for (of, name), body in blocks.items():
-        if of != "keys":
-            continue
-        kind, _, n = name.partition(" ")
-        inner = [f"    {line}" for line in body]
-        if kind == "joined":
-            lines += [
-                "# Chunks inside which keys of this tile's block enter selection 0.",
-                "begin = (first // BLOCK_M * BLOCK_M + after_0) // BLOCK_M",
-                "end = tl.minimum((first // BLOCK_M * BLOCK_M + BLOCK_M - 2 + after_0) // BLOCK_M + 1, n_chunks)",
-                *_entry_steps("0"),
-                *inner,
-            ]
-        elif kind == "selected" and ("keys", "joined") not in blocks:
-            lines += [
-                f"# Selection {n}: the chunks inside which these keys enter it.",
-                f"begin = tl.maximum(first + after_{n}, 0) // BLOCK_M",
-                f"end = tl.minimum((first + BLOCK_N - 1 + after_{n}) // BLOCK_M + 1, n_chunks)",
-                *_entry_steps(n),
-                *known(inner, f"(kv + after_{n} <= q) & (q < gone) & (kv + after_{n} > start)"),
-            ]
-        elif kind != "selected":
-            lines += [
-                f"count = tl.load(p_{kind}_count + b * count_b + h * count_h + first // BLOCK_M)",
-                "count *= BLOCK_M // BLOCK_Q",
-                f"tiles = p_{kind}_index + b * index_b + h * index_h + first // BLOCK_M * index_row",
-                *_for_each_tile("BLOCK_Q"),
-                "    first_row = tile * BLOCK_M + step % (BLOCK_M // BLOCK_Q) * BLOCK_Q",
-                *inner,
-            ]
-    return lines
-
-
-def _entry_steps(n: str) -> Lines:
-    """The head of a loop over the queries of the chunks from ``begin`` to ``end``."""
-    return [
-        f"gone = tl.load(p_death_{n} + (b * heads_{n} + h // group_{n}) * length + column)",
-        "gone = tl.where(m_column, gone, 0)[:, None]",
-        "for step in range(begin * (BLOCK_M // BLOCK_Q), end * (BLOCK_M // BLOCK_Q)):",
-        "    first_row = step * BLOCK_Q",
-        "    start = step // (BLOCK_M // BLOCK_Q) * BLOCK_M",
-    ]
 
 
 def module_text(
@@ -377,7 +109,7 @@ def module_text(
         + known_thresholds
         + 'top = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
         + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
-        + "\n".join(_row_loops(blocks, "forward", gated))
+        + "\n".join(row_loops(blocks, "forward", gated))
         + """
 # NaN is not nothing, and must come out.
 some = total != 0.0
@@ -398,7 +130,7 @@ d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_f
 d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 """
         + "".join(f"d_tau_{n} = tl.zeros([BLOCK_M], tl.float32)\n" for n in shifted)
-        + "\n".join(_row_loops(blocks, "query", gated))
+        + "\n".join(row_loops(blocks, "query", gated))
         + "\nbase = (b * heads + h) * length * HEAD_DIM\n"
         + "put_rows(p_d_query + base, row, HEAD_DIM, feature, d_query * scale, m_row, HEAD_DIM)\n"
         + "".join(f"tl.store(p_d_tau_{n} + at, d_tau_{n}, mask=m_row)\n" for n in shifted)
@@ -423,7 +155,7 @@ d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 """
         + "".join(f"d_u_{n} = tl.zeros([BLOCK_N], tl.float32)\n" for n in all_gated)
         + "for member in range(group):\n    h = kv_head * group + member\n"
-        + indented(key_loads(all_gated, "[:, None]") + _key_loops(blocks))
+        + indented(key_loads(all_gated, "[:, None]") + key_loops(blocks))
         + "\nd_key = d_key * scale\npair = (b * (heads // group) + kv_head) * length\n"
         + "".join(taken_over(n, gated[n]) for n in every)
         + "put_rows(p_d_key + pair * HEAD_DIM, column, HEAD_DIM, feature, d_key, m_column, HEAD_DIM)\n"
@@ -495,4 +227,4 @@ tl.store(p_rows + at_field, record, mask=m_row[:, None])
     lines = textwrap.wrap(f'"""{title}: kernels that gather, as flexsparse generated them.', 118)
     about = "\n".join(lines) + '\n"""'
     head = f"{about}\n\nimport triton\nimport triton.language as tl\n"
-    return head + _HELPERS + "".join(f"\n\n{text}" for text in kernels)
+    return head + HELPERS + "".join(f"\n\n{text}" for text in kernels)

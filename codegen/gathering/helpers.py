@@ -1,0 +1,121 @@
+"""The functions that every module of kernels begins with, as text."""
+
+from __future__ import annotations
+
+from flexsparse.codegen.kernels.record_layout import KEY_BITS
+
+HELPERS = f"""
+LOG2E = tl.constexpr(1.4426950408889634)
+# A slot's record has its key in so many bits, and above them for how many queries of the chunk it stays.
+KEY_BITS = tl.constexpr({KEY_BITS})
+KEY_MASK = tl.constexpr({(1 << KEY_BITS) - 1})
+# A row is measured against its highest score so far, or one that is less by no more than this; float32 has no slack.
+SLACK = tl.constexpr(5.0)
+"""
+HELPERS += '''
+
+def multiplies(count):
+    """PTX that multiplies ``count`` numbers of each thread in place, unless all factors of a warp are 1."""
+    least = [f"${2 * count + i}" for i in range(count)]
+    lines = [".reg .pred differs;", f".reg .f32 least<{count}>;"]
+    while len(least) > 1:
+        half = [f"least{len(least) // 2 + i}" for i in range(len(least) // 2)]
+        lines += [f"min.f32 {x}, {a}, {b};" for x, a, b in zip(half, least[::2], least[1::2])]
+        least = half
+    lines += [f"setp.neu.f32 differs, {least[0]}, 0f3F800000;", "vote.sync.any.pred differs, differs, 0xffffffff;"]
+    lines += ["@!differs bra.uni done;", *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)), "done:"]
+    return "{ " + " ".join(lines) + " }"
+
+
+def operands(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+MULTIPLIES_32, OPERANDS_32 = tl.constexpr(multiplies(32)), tl.constexpr(operands(32))
+MULTIPLIES_64, OPERANDS_64 = tl.constexpr(multiplies(64)), tl.constexpr(operands(64))
+
+
+@triton.jit
+def floordiv(a, b):
+    """Division that rounds down, as Python's."""
+    whole = a // b
+    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), whole - 1, whole)
+
+
+@triton.jit
+def floormod(a, b):
+    return a - floordiv(a, b) * b
+
+
+@triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def clipped(x, least):
+    """x in [least, 1], NaN where it is NaN."""
+    return tl.maximum(tl.minimum(x, 1.0, tl.PropagateNan.ALL), least, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def saturated(x, least):
+    """x in [least, 1], a number even where it is none. What is between 0 and 1 costs a sum nothing."""
+    return tl.maximum(tl.minimum(tl.maximum(x, 0.0), 1.0), least)
+
+
+@triton.jit
+def exp_above(score, level, PRECISION: tl.constexpr):
+    """exp(score - level)"""
+    if PRECISION == "ieee":
+        # A product with level is rounded: the larger the scores, the more each row would be off, in float32 visibly.
+        x = (score - level) * LOG2E
+    else:
+        # One operation a pair.
+        x = score * LOG2E - level * LOG2E
+    return tl.exp2(x)
+
+
+@triton.jit
+def raised(top, highest, PRECISION: tl.constexpr):
+    """What rows are measured against once their highest new score is known."""
+    if PRECISION == "ieee":
+        # The less a score is below the level, the more exact is its exponential.
+        higher = tl.maximum(top, highest)
+    else:
+        higher = tl.where(highest > top + SLACK, highest, top)
+    return higher
+
+
+@triton.jit
+def scaled(x, by, PACKED: tl.constexpr):
+    """x * by for factors that mostly are 1; PACKED numbers of a thread at a time are passed by where all are."""
+    if PACKED == 64:
+        x, by = tl.broadcast(x, by)
+        x = tl.inline_asm_elementwise(MULTIPLIES_64, OPERANDS_64, [x, by], dtype=tl.float32, is_pure=True, pack=64)
+    elif PACKED == 32:
+        x, by = tl.broadcast(x, by)
+        x = tl.inline_asm_elementwise(MULTIPLIES_32, OPERANDS_32, [x, by], dtype=tl.float32, is_pure=True, pack=32)
+    else:
+        x = x * by
+    return x
+
+
+@triton.jit
+def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):
+    """Rows by index, [len(index), PADDED]; WIDE where they lie more than 2^31 numbers apart."""
+    if WIDE:
+        index = index.to(tl.int64)
+    at = p_base + index[:, None] * stride + feature[None, :]
+    if SIZE == PADDED:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=feature[None, :] < SIZE, other=0.0)
+    return found
+
+
+@triton.jit
+def put_rows(p_base, index, stride, feature, x, m_row, SIZE: tl.constexpr):
+    at = p_base + index.to(tl.int64)[:, None] * stride + feature[None, :]
+    tl.store(at, x.to(p_base.dtype.element_ty), mask=m_row[:, None] & (feature[None, :] < SIZE))
+'''
