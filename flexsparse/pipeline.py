@@ -13,7 +13,7 @@ from torch import Tensor
 from flexsparse.analysis.tiles import Tiles, classify
 from flexsparse.backends import BY_RESIDUE, OVER_ROWS
 from flexsparse.codegen.flex import Generated, generate
-from flexsparse.codegen.gathered import near_mask
+from flexsparse.codegen.gathering.parts import near_mask
 from flexsparse.codegen.gathering.rows import Rows, program_of_rows, rows_of, with_rows
 from flexsparse.ir.lower import lower
 from flexsparse.ir.nodes import Load, Node, Opaque, walk

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flexsparse.analysis.heads import first_alike
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Tiles, depends_on
 from flexsparse.backends import BY_FLEX, BY_RESIDUE, CHOSEN_AMONG, OVER_ROWS, VERDICTS
-from flexsparse.codegen.gathered import near_mask
+from flexsparse.codegen.gathering.parts import near_mask
 from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.errors import BackendError, DeviceError
 from flexsparse.ir.nodes import Constant

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from flexsparse.analysis.tiles import FULL, PARTIAL, classify
-from flexsparse.codegen.gathered import near_mask
+from flexsparse.codegen.gathering.parts import near_mask
 from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.errors import SettingError
 from flexsparse.hardware import DEVICES, Hardware, find

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexsparse.analysis.lists import Listed, Spans
 from flexsparse.analysis.tiles import Tiles
-from flexsparse.codegen.gathered import near_mask, selected_mask
+from flexsparse.codegen.gathering.parts import near_mask, selected_mask
 from flexsparse.ir.nodes import Apply, Node, SelectionNode
 from flexsparse.ir.program import Held, Own, Program
 from flexsparse.ir.simplify import simplify

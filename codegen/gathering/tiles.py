@@ -1,13 +1,15 @@
 """What one tile adds to a kernel: to the softmax of its rows, or to the gradients of queries or keys.
 
-Tiles are [BLOCK_M, BLOCK_N], queries by keys, and [BLOCK_N, BLOCK_Q] where gradients of keys are summed; ``q`` and
-``kv`` are shaped to broadcast to them.
+Tiles are [BLOCK_M, BLOCK_N], queries by keys; where gradients of keys are summed [BLOCK_N, BLOCK_Q], and of keys in
+slots [BLOCK_Q, BLOCK_N]. ``q`` and ``kv`` are shaped to broadcast to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from flexsparse.codegen.gathering.parts import Part
+from flexsparse.codegen.gathering.printer import Printer
 
 Lines = list[str]
 # A key that enters selection 0 inside the chunk, as far as the query sees it.
@@ -72,12 +74,12 @@ def key_loads(gated: Iterable[int], axis: str) -> Lines:
     return lines
 
 
-def _gated(part: Any, kind: str) -> list[int]:
+def _gated(part: Part, kind: str) -> list[int]:
     """The selections whose scores a tile loads itself; the loops over a selection's keys bring that one's."""
     return sorted({gate.number for gate in part.gates} - {int(n) for n in kind.split()[1:]})
 
 
-def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool, scale: str = "scale") -> Lines:
+def _scores(printer: Printer, part: Part, kind: str, product: str, slopes: bool, scale: str = "scale") -> Lines:
     lines = [f"raw = tl.dot({product}, input_precision=PRECISION) * {scale}"]
     lines += [*printer.loads(part, slopes, kind == "joined"), *printer.score(part)]
     conditions = [] if kind == "full" else ["seen"]
@@ -86,22 +88,22 @@ def _scores(printer: Any, part: Any, kind: str, product: str, slopes: bool, scal
     return [*lines, f"visible = {' & '.join(conditions)}"] if conditions else lines
 
 
-def _hides(printer: Any, part: Any, kind: str) -> bool:
+def _hides(printer: Printer, part: Part, kind: str) -> bool:
     return kind != "full" or bool(printer.seen(part))
 
 
-def _shown(printer: Any, part: Any, kind: str, text: str, where: str) -> str:
+def _shown(printer: Printer, part: Part, kind: str, text: str, where: str) -> str:
     """A product that is 0 where a key is hidden, even if a factor is not a number there."""
     return f"tl.where({where}, {text}, 0.0)" if _hides(printer, part, kind) else text
 
 
-def _weights(printer: Any, part: Any, kind: str, axis: str) -> Lines:
+def _weights(printer: Printer, part: Part, kind: str, axis: str) -> Lines:
     """``p``, 0 where a key is hidden. Behind the exponential a multiplication and an addition stay one operation."""
     p = _shown(printer, part, kind, f"p * share{axis}", "visible")
     return [f"p = exp_above(score, level{axis}, PRECISION)", f"p = {p}"]
 
 
-def attend(printer: Any, part: Any, kind: str) -> Lines:
+def attend(printer: Printer, part: Part, kind: str) -> Lines:
     """One tile of keys joins the softmax of the rows; wants ``column``, ``kv``, and ``seen`` of all but full tiles."""
     gate, sure = printer.value_gate(part), printer.sure(part)
     product = f"p * ({gate})"
@@ -124,7 +126,7 @@ def attend(printer: Any, part: Any, kind: str) -> Lines:
     ]
 
 
-def _flows(printer: Any, part: Any, kind: str, gate: str, delta: str) -> Lines:
+def _flows(printer: Printer, part: Part, kind: str, gate: str, delta: str) -> Lines:
     """From ``p`` and ``d_p`` to ``d_raw``, and to ``d_x_n`` of every gate."""
     hidden = _hides(printer, part, kind)
     lines = [f"d_score = p * (d_p * ({gate}) - {delta})" if gate else f"d_score = p * (d_p - {delta})"]
@@ -133,7 +135,7 @@ def _flows(printer: Any, part: Any, kind: str, gate: str, delta: str) -> Lines:
     return lines
 
 
-def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
+def gradient_of_query(printer: Printer, part: Part, kind: str) -> Lines:
     """What one tile of keys adds to the gradients of the rows' query and thresholds."""
     gate = printer.value_gate(part)
     return [
@@ -150,17 +152,17 @@ def gradient_of_query(printer: Any, part: Any, kind: str) -> Lines:
     ]
 
 
-def gradient_of_keys(printer: Any, part: Any, kind: str) -> Lines:
+def gradient_of_keys(printer: Printer, part: Part, kind: str) -> Lines:
     """What one chunk of queries of head ``h`` adds to the gradients of a tile's keys, values and scores."""
     return _of_keys(printer, part, kind, False)
 
 
-def gradient_of_slots(printer: Any, part: Any, kind: str) -> Lines:
+def gradient_of_slots(printer: Printer, part: Part, kind: str) -> Lines:
     """The same for keys in slots, in tiles of queries by keys, whose gradients are summed as columns."""
     return _of_keys(printer, part, kind, True)
 
 
-def _of_keys(printer: Any, part: Any, kind: str, turned: bool) -> Lines:
+def _of_keys(printer: Printer, part: Part, kind: str, turned: bool) -> Lines:
     gate = printer.value_gate(part)
     if turned:
         by_row, (first, second) = "[:, None]", ("query, tl.trans(key)", "d_out, tl.trans(value)")

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable
 
-from flexsparse.codegen.gathered import parts_of
+from flexsparse.codegen.gathering.parts import parts_of
 from flexsparse.explorer.marks import Mark, MarkedText
 from flexsparse.explorer.origins import Origins
 from flexsparse.ir.nodes import TRUE, Constant, Node

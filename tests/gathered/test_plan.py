@@ -11,6 +11,7 @@ import torch
 
 import flexsparse as fs
 from flexsparse.codegen import gathered as source
+from flexsparse.codegen.gathering.parts import near_mask, parts_of
 from flexsparse.errors import BackendError
 from flexsparse.ir.nodes import FALSE
 from flexsparse.ir.program import program_text
@@ -72,14 +73,14 @@ def test_what_cannot_be_gathered_is_refused_in_words(text: str, shape: dict[str,
     ],
 )
 def test_near_is_what_is_allowed_whatever_is_selected(text: str, near: str) -> None:
-    assert program_text(source.near_mask(fs.compile(text).ir)) == near
+    assert program_text(near_mask(fs.compile(text).ir)) == near
 
 
 def test_a_window_before_the_selection_costs_gathered_keys_no_comparison() -> None:
     """With after=512 no selected key is in the window, so nothing but its death is asked of it."""
-    parts = source.parts_of(fs.compile(HYBRID).ir)
+    parts = parts_of(fs.compile(HYBRID).ir)
     assert program_text(parts["selected 0"].mask) == "True"
-    overlapping = source.parts_of(fs.compile("sliding_window(512) | sparsek(512, after=511)").ir)
+    overlapping = parts_of(fs.compile("sliding_window(512) | sparsek(512, after=511)").ir)
     assert program_text(overlapping["selected 0"].mask) != "True"
     assert FALSE not in (part.mask for part in parts.values())
 
