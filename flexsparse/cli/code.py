@@ -13,6 +13,7 @@ import click
 from flexsparse.cli import options as shared
 from flexsparse.cli.against import read_against
 from flexsparse.cli.group import whole_or_not
+from flexsparse.errors import SettingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # How each language is coloured; Python where nothing is said.
 _LANGUAGES = {"ttir": "llvm", "ttgir": "llvm", "llvm": "llvm", "ptx": "ptx", "sass": "nasm", "amdgcn": "amdgpu"}
 _LANGUAGES |= {"plan": "text", "resources": "text", "tiles": "text", "cpp": "cpp"}
+# Stages whose text is the same for every GPU.
+_OF_NO_GPU = ("expr", "canonical", "ir", "tiles", "plan", "source", "mask_mod", "score_mod", "rows", "kernels", "cpp")
 
 
 @click.command("code", short_help="Print a stage, from the expression down to SASS.")
@@ -91,11 +94,28 @@ def command(
       flexsparse code "sparsek_window(512, 512)" --stage plan --device cuda --against backend=flex
     """
     shared.check_out("--out", out)
+    _check_target(stage, target)
     view, output = _View(expression, stage, target, given), _Output(out, as_json, not no_pager)
     if other is None and not against:
         _show(view, full, output)
     else:
         _show_difference(view, read_against(view, other, against), output)
+
+
+def _check_target(stage: str, target: str) -> None:
+    """A GPU is asked for where the text is about one."""
+    from click.core import ParameterSource
+
+    from flexsparse.explorer.stages import KERNEL_STAGES
+    from flexsparse.explorer.targets import find_target
+
+    find_target(target)
+    asked = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
+    if asked and stage in _OF_NO_GPU:
+        about = ", ".join(one for one in KERNEL_STAGES if one not in _OF_NO_GPU)
+        raise SettingError(
+            "--target", got=f"--stage {stage}", expected=f"a stage that is about a GPU: {about}", mend="Leave it out."
+        )
 
 
 def _show(view: _View, full: bool | None, output: _Output) -> None:

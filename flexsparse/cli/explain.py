@@ -95,6 +95,8 @@ def _check_files(files: dict[str, str | None], device_name: str | None) -> None:
             raise SettingError(
                 option, got="no --hardware", expected="a device whose roof to draw", mend="Such as --hardware H100."
             )
+        if path is not None and not path.lower().endswith(f".{option[2:]}"):
+            raise SettingError(option, got=repr(path), expected=f"a file ending in .{option[2:]}")
 
 
 def _reads_whole_mask(plan: Plan) -> bool:

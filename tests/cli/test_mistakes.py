@@ -57,6 +57,15 @@ MISTAKES = {
     "Did you mean 'cuda'?",
     ("explain", "causal", "--heads", "6", "--kv-heads", "4"): "--kv-heads: got 4 for 6 query heads",
     ("explain", "causal", "--backend", "flx"): "backend: got 'flx'",
+    ("explain", "causal", "--hardware", "H100", "--png", "x.txt"): "--png: got 'x.txt', expected a file ending in .png",
+    ("explain", "causal", "--hardware", "H100", "--html", "x.png"): "--html: got 'x.png', expected a file ending in "
+    ".html",
+    (
+        "code",
+        "causal",
+        "--target",
+        "sm_80",
+    ): "--target: got --stage source, expected a stage that is about a GPU: graph, triton, triton-backward, ttir",
     ("explain", "causal", "--backend", "flex", "--grad"): "FlexAttention has no gradients on CPU.",
     ("code", "causal", "--stage", "mask"): "stage: got 'mask', expected one of 'expr', 'canonical', 'ir', 'tiles', "
     "'plan', 'source', 'mask_mod', 'score_mod', 'rows', 'kernels', 'graph', 'triton', 'triton-backward', 'ttir', "

@@ -107,13 +107,15 @@ def test_a_picture(invoke: Invoke, tmp_path: pathlib.Path, monkeypatch: pytest.M
 
 def test_mistakes(invoke: Invoke, tmp_path: pathlib.Path) -> None:
     for option in ("--png", "--html"):
-        answer = invoke("explain", "causal()", option, str(tmp_path / "x"))
+        answer = invoke("explain", "causal()", option, str(tmp_path / f"x.{option[2:]}"))
         assert answer.code == 2
         assert (
             f"{option}: got no --hardware, expected a device whose roof to draw. Such as --hardware H100." in answer.err
         )
         answer = invoke(*CAUSAL, option, str(tmp_path / "no" / "x"))
         assert "expected a file in a directory that exists" in answer.err
-        answer = invoke(*CAUSAL, "--dtype", "float64", "--backend", "chunked", option, str(tmp_path / "x"))
+        answer = invoke(
+            *CAUSAL, "--dtype", "float64", "--backend", "chunked", option, str(tmp_path / f"x.{option[2:]}")
+        )
         assert f"{option}: got a plan whose operations are not known" in answer.err
     assert not list(tmp_path.iterdir())
