@@ -69,7 +69,7 @@ def gradients(
 
     def run() -> None:
         arguments = arguments_of(call, read)
-        arguments["WIDE"] = arguments["WIDE"] or is_wide(d_out)
+        arguments["WIDE"] = arguments["WIDE"] or is_wide(out, d_out)
         thresholds = {f"{what}_{n}": arguments[f"{what}_{n}"] for n in source.shifted for what in _THRESHOLDS}
         flow = {"p_d_out": d_out, **dict(zip(("stride_ob", "stride_oh", "stride_os"), d_out.stride(), strict=False))}
         rows = level.new_empty(*level.shape, len(row_fields(source.shifted)))
