@@ -66,12 +66,12 @@ def parts_of(program: Program) -> dict[str, Part]:
         parts["near"] = _part(program, near, known)
     for n in range(len(program.selections)):
         parts[f"selected {n}"] = _part(program, selected_mask(program, near, n), _held(near, n))
-    enters = Apply("and", (Selected(0), selected_mask(program, near, 0)))
-    joined = _part(program, Apply("or", (near, enters)), {})
-    # In the loop over it, a key is selected if it enters inside the chunk, which no score may take for more.
-    sees_more = any(isinstance(n, Selected) for e in joined.expressions[1:] for n in walk(e))
-    if near != FALSE and len(program.selections) == 1 and not sees_more:
-        parts["joined"] = joined
+    if near != FALSE and len(program.selections) == 1:
+        enters = Apply("and", (Selected(0), parts["selected 0"].mask))
+        joined = _part(program, Apply("or", (near, enters)), {})
+        # In the loop over it, a key is selected if it enters inside the chunk, which no score may take for more.
+        if not any(isinstance(n, Selected) for e in joined.expressions[1:] for n in walk(e)):
+            parts["joined"] = joined
     return parts
 
 

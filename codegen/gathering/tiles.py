@@ -92,14 +92,14 @@ def _hides(printer: Printer, part: Part, kind: str) -> bool:
     return kind != "full" or bool(printer.seen(part))
 
 
-def _shown(printer: Printer, part: Part, kind: str, text: str, where: str) -> str:
+def _shown(printer: Printer, part: Part, kind: str, text: str) -> str:
     """A product that is 0 where a key is hidden, even if a factor is not a number there."""
-    return f"tl.where({where}, {text}, 0.0)" if _hides(printer, part, kind) else text
+    return f"tl.where(visible, {text}, 0.0)" if _hides(printer, part, kind) else text
 
 
 def _weights(printer: Printer, part: Part, kind: str, axis: str) -> Lines:
     """``p``, 0 where a key is hidden. Behind the exponential a multiplication and an addition stay one operation."""
-    p = _shown(printer, part, kind, f"p * share{axis}", "visible")
+    p = _shown(printer, part, kind, f"p * share{axis}")
     return [f"p = exp_above(score, level{axis}, PRECISION)", f"p = {p}"]
 
 
@@ -119,7 +119,7 @@ def attend(printer: Printer, part: Part, kind: str) -> Lines:
         "p = exp_above(score, level[:, None], PRECISION)",
         "shrink = tl.where(higher == top, 1.0, tl.exp2((top - level) * LOG2E))",
         "total = total * shrink + tl.sum(p, 1)",
-        *([f"p = {product if sure is not None else _shown(printer, part, kind, product, 'visible')}"] if gate else []),
+        *([f"p = {product if sure is not None else _shown(printer, part, kind, product)}"] if gate else []),
         "out = scaled(out, shrink[:, None], PACKED)",
         "out = tl.dot(p.to(value.dtype), value, out, input_precision=PRECISION)",
         "top = higher",
@@ -188,7 +188,7 @@ def _of_keys(printer: Printer, part: Part, kind: str, turned: bool) -> Lines:
         "d_gate_v = p * d_p",
         *_flows(printer, part, kind, gate, f"delta{by_row}"),
         *(f"d_u_{g.number} += " + (f"d_x_{g.number}" if turned else f"tl.sum(d_x_{g.number}, 1)") for g in part.gates),
-        *([f"p = {_shown(printer, part, kind, f'p * ({gate})', 'visible')}"] if gate else []),
+        *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
         f"d_value = tl.dot({to_value}, d_value, input_precision=PRECISION)",
         f"d_key = tl.dot({to_key}, d_key, input_precision=PRECISION)",
     ]

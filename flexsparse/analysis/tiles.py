@@ -34,6 +34,8 @@ __all__ = ["EMPTY", "FULL", "PARTIAL", "Sizes", "Tiles", "classify", "depends_on
 _HOST_ROWS = 1 << 12
 # Tiles that are looked at together where all tiles of a row are.
 _GRID = 1 << 18
+# Values of ``after`` whose tiles are kept; as a number of the call it may be another each time.
+_KEPT = 4
 # Unknown tiles a row from which on its queries are solved one by one instead.
 _MANY = 4
 
@@ -90,9 +92,13 @@ class Tiles:
         The first query of a row is left out: what is as old there was so before the row.
         """
         if after not in self._apart:
-            first = torch.arange(self.q_tiles, device=self.partial.count.device) * self.block
-            low, high = ((first + by - after).div(self.block, rounding_mode="floor") for by in (1, self.block - 1))
-            partial, full = (outside(tiles, low, high) for tiles in (self.partial, self.full))
+            # What is kept serves training as well, so it must not be made of inference tensors.
+            with torch.inference_mode(False):
+                first = torch.arange(self.q_tiles, device=self.partial.count.device) * self.block
+                low, high = ((first + by - after).div(self.block, rounding_mode="floor") for by in (1, self.block - 1))
+                partial, full = (outside(tiles, low, high) for tiles in (self.partial, self.full))
+            if len(self._apart) >= _KEPT:
+                self._apart.clear()
             self._apart[after] = replace(self, partial=partial, full=full, _grid=[], lists=[], _apart={})
         return self._apart[after]
 

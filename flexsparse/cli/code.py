@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # How each language is coloured; Python where nothing is said.
 _LANGUAGES = {"ttir": "llvm", "ttgir": "llvm", "llvm": "llvm", "ptx": "ptx", "sass": "nasm", "amdgcn": "amdgpu"}
 _LANGUAGES |= {"plan": "text", "resources": "text", "tiles": "text", "cpp": "cpp"}
-# Stages whose text is the same for every GPU.
-_OF_NO_GPU = ("expr", "canonical", "ir", "tiles", "plan", "source", "mask_mod", "score_mod", "rows", "kernels", "cpp")
 
 
 @click.command("code", short_help="Print a stage, from the expression down to SASS.")
@@ -106,16 +104,15 @@ def _check_target(stage: str, target: str) -> None:
     """A GPU is asked for where the text is about one."""
     from click.core import ParameterSource
 
-    from flexsparse.explorer.stages import KERNEL_STAGES
+    from flexsparse.explorer.stages import GPU_STAGES
     from flexsparse.explorer.targets import find_target
+    from flexsparse.stages import STAGES
 
     find_target(target)
     asked = click.get_current_context().get_parameter_source("target") is ParameterSource.COMMANDLINE
-    if asked and stage in _OF_NO_GPU:
-        about = ", ".join(one for one in KERNEL_STAGES if one not in _OF_NO_GPU)
-        raise SettingError(
-            "--target", got=f"--stage {stage}", expected=f"a stage that is about a GPU: {about}", mend="Leave it out."
-        )
+    if asked and stage in STAGES and stage not in GPU_STAGES:
+        about = f"a stage that is about a GPU: {', '.join(GPU_STAGES)}"
+        raise SettingError("--target", got=f"--stage {stage}", expected=about, mend="Leave it out.")
 
 
 def _show(view: _View, full: bool | None, output: _Output) -> None:
@@ -212,10 +209,10 @@ def _data(view: _View, attention: CompiledAttention, text: MarkedText) -> dict[s
     """What ``--json`` prints."""
     from dataclasses import asdict
 
-    from flexsparse.explorer.stages import KERNEL_STAGES, SOURCES
+    from flexsparse.explorer.stages import GPU_STAGES, SOURCES
 
     data: dict[str, Any] = {"pattern": view.expression, "stage": view.stage, "code": str(text)}
-    if view.stage in KERNEL_STAGES and view.stage != "cpp":
+    if view.stage in GPU_STAGES:
         data["target"] = view.target
     if view.stage in (*SOURCES, "kernels"):
         data["marks"] = [{"line": n, **asdict(m)} for n, (_, m) in enumerate(text.lines, 1) if m is not None]

@@ -29,7 +29,9 @@ from flexsparse.settings import Settings
 
 SOURCES = ("triton", "triton-backward")
 COMPILED = ("ttir", "ttgir", "llvm", "ptx", "sass", "amdgcn")
-KERNEL_STAGES = ("graph", *SOURCES, *COMPILED, "resources", "cpp")
+# About the kernels of a GPU, and of a GPU or this CPU.
+GPU_STAGES = ("graph", *SOURCES, *COMPILED, "resources")
+KERNEL_STAGES = (*GPU_STAGES, "cpp")
 _BY_FLEX = ("flex", "gather_flex", "residue_flex")
 _ELSEWHERE = {"ptx": "amdgcn", "sass": "amdgcn", "amdgcn": "ptx"}
 

@@ -70,6 +70,17 @@ def test_tiles_apart_from_those_where_keys_enter(text: str, after: int) -> None:
     assert apart is bound.tiles.apart_from_entries(after)
 
 
+def test_what_is_kept_apart_from_entries_is_little_and_serves_training() -> None:
+    pattern: Any = fs.parse("sliding_window(30)")
+    bound, _ = bound_and_functions(pattern, plain_shapes(100, batch=1, heads=1, kv_heads=1), {}, BLOCK)
+    with torch.inference_mode():
+        apart = bound.tiles.apart_from_entries(7)
+    assert not apart.partial.listed().column.is_inference()
+    for after in range(20):
+        bound.tiles.apart_from_entries(after)
+    assert len(bound.tiles._apart) <= 4
+
+
 @pytest.mark.parametrize(
     "mask",
     [
