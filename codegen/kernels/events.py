@@ -21,6 +21,8 @@ _BLOCK = 512
 class Events(NamedTuple):
     """The sorted list of each of R rows, N positions of S times. Events of weight 0 have the code -1.
 
+    A row has ``length`` keys; what stands behind these, and behind their events, is not set.
+
     ``code``: 2 * time, plus 1 for an event of weight -1. In a count of keys N is S, every weight is 1, and there are
     no values.
     """
@@ -31,6 +33,7 @@ class Events(NamedTuple):
     # [R, S] by time: its position, N for weight 0. int32 in a count of keys, else int64, with the position of the event
     # of weight -1 in the upper half.
     place: Tensor
+    length: Tensor  # [R] int32
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def _bounds_around(samples, m_samples, stride, times, first, last):
 
 @triton.jit
 def _merge(
-    p_ranked, p_sorted, p_alive, p_counts, p_start, p_end, p_unit, p_code, p_edge, p_place, times, stride,
+    p_ranked, p_sorted, p_alive, p_length, p_counts, p_start, p_end, p_unit, p_code, p_edge, p_place, times, stride,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Where each key's two events stand: after the same keys' events above them, found by binary search.
@@ -71,14 +74,16 @@ def _merge(
     A block's keys follow one another, and so do the ends of their searches, between samples of the whole row.
     """
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_at = at < times
+    length = tl.load(p_length + row)
+    start = tl.program_id(1) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    m_at = at < length
     key = tl.load(p_ranked + row * times + at, mask=m_at, other=0) >> 1
     value = tl.load(p_sorted + row * times + at, mask=m_at, other=0)
     unit = tl.load(p_unit + row)
     # How many keys have an event of weight -1 above this value, and of weight 1 at or above this value less a unit.
     above_low = tl.zeros_like(at)
-    above_high = above_low + times
+    above_high = above_low + length
     below_low, below_high = above_low, above_high
     if SEGMENTS:
         alive = tl.load(p_alive + row * times + key, mask=m_at, other=0) == 1
@@ -88,20 +93,23 @@ def _merge(
         span = times
     else:
         # First what is +inf, last what is -inf and NaN.
-        counts = tl.load(p_counts + row * times + times - 1)
+        counts = tl.load(p_counts + row * times + length - 1, mask=start < length, other=0)
         infinite = (counts >> 32).to(tl.int32)
         alive = (at >= infinite) & (at < infinite + (counts & 4294967295).to(tl.int32))
         sample = tl.arange(0, SAMPLES)
-        m_sample = sample * stride < times
+        m_sample = sample * stride < length
         samples = tl.load(p_sorted + row * times + sample * stride, mask=m_sample, other=0)
-        first = tl.load(p_sorted + row * times + tl.program_id(1) * BLOCK)
-        last = tl.load(p_sorted + row * times + tl.minimum((tl.program_id(1) + 1) * BLOCK, times) - 1)
-        low, high = _bounds_around(samples, m_sample, stride, times, first + unit, last + unit)
+        first = tl.load(p_sorted + row * times + start, mask=start < length, other=0)
+        final = tl.minimum(start + BLOCK, length) - 1
+        last = tl.load(p_sorted + row * times + final, mask=start < length, other=0)
+        low, high = _bounds_around(samples, m_sample, stride, length, first + unit, last + unit)
         span = high - low
         above_low, above_high = tl.zeros_like(at) + low, tl.zeros_like(at) + high
-        low, high = _bounds_around(samples, m_sample, stride, times, first - unit - 1, last - unit - 1)
+        low, high = _bounds_around(samples, m_sample, stride, length, first - unit - 1, last - unit - 1)
         span = tl.maximum(span, high - low)
         below_low, below_high = tl.zeros_like(at) + low, tl.zeros_like(at) + high
+    # Blocks beyond the row have nothing to look for.
+    span = tl.where(start < length, span, 0)
     while span > 0:
         middle = (above_low + above_high) // 2
         open_ = m_at & (above_low < above_high)
@@ -150,16 +158,17 @@ def _rank(
     tl.store(p_rank + row * times + key, at, mask=m_at)
 
 
-def empty_ranks(value: Tensor) -> Ranked:
-    """Room for the order of keys with these values [R, S] int64."""
+def empty_ranks(grid: Quantized) -> Ranked:
+    """Room for the order of keys."""
+    value = grid.value
     code, rank = (torch.empty_like(value, dtype=torch.int32) for _ in range(2))
-    return Ranked(torch.empty_like(value), Events(code, value, value, rank))
+    return Ranked(torch.empty_like(value), Events(code, value, value, rank, grid.length))
 
 
 def ranked(order: Tensor, score: Tensor, grid: Quantized) -> Ranked:
     """From the keys in falling order, [R, S] int64, and their scores in that order, [R, S]."""
     rows, times = order.shape
-    found = empty_ranks(grid.value)
+    found = empty_ranks(grid)
     launch(
         _rank, (rows, cdiv(times, _BLOCK)),
         (order, score, grid.step, grid.center, grid.top, grid.bottom, found.value, found.counted.code,
@@ -186,7 +195,7 @@ def merged_events(keys: Ranked, grid: Quantized, segments: tuple[Tensor, Tensor]
     block = 512 if rows * times > _FEW else 128
     launch(
         _merge, (rows, cdiv(times, block)),
-        (keys.counted.code, keys.value, grid.alive, grid.counts, start, end, grid.unit, code, edge, place),
+        (keys.counted.code, keys.value, grid.alive, grid.length, grid.counts, start, end, grid.unit, code, edge, place),
         (times, cdiv(times, _SAMPLES)), SEGMENTS=segments is not None, BLOCK=block, SAMPLES=_SAMPLES,
     )  # fmt: skip
-    return Events(code, edge, value, place)
+    return Events(code, edge, value, place, grid.length)

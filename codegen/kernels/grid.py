@@ -39,6 +39,7 @@ class Quantized(NamedTuple):
     top: Tensor  # [R] float64: the largest finite score, 0 without one
     bottom: Tensor  # [R] float64: the smallest
     first_nan: Tensor  # [R] int32
+    length: Tensor  # [R] int32: S
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def extent_of(u, at):
 
 @triton.jit
 def grid_of_row(
-    p_unit, p_step, p_center, p_top, p_bottom, p_nan, row, block, highest, lowest, nan, size, bits
+    p_unit, p_step, p_center, p_top, p_bottom, p_nan, p_length, row, block, highest, lowest, nan, size, bits
 ):  # fmt: skip
     """Step, center, top and bottom of a row's grid, from what ``extent_of`` the row is; its first block keeps them."""
     top, bottom = _within_extent(highest, lowest)
@@ -107,6 +108,7 @@ def grid_of_row(
         tl.store(p_top + row, top)
         tl.store(p_bottom + row, bottom)
         tl.store(p_nan + row, tl.minimum(nan, size))
+        tl.store(p_length + row, size)
     return step, center, top, bottom
 
 
@@ -124,8 +126,8 @@ def _extents(p_u, p_highest, p_lowest, p_nans, size, n_blocks, BLOCK: tl.constex
 
 @triton.jit
 def _quantize(
-    p_u, p_highest, p_lowest, p_nans, p_unit, p_step, p_center, p_top, p_bottom, p_nan, p_value, p_alive, p_counts,
-    p_score, p_blocks, size, n_blocks, bits,
+    p_u, p_highest, p_lowest, p_nans, p_unit, p_step, p_center, p_top, p_bottom, p_nan, p_length, p_value, p_alive,
+    p_counts, p_score, p_blocks, size, n_blocks, bits,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """The grid of a row, and values of one block on it: the WHOLE row, or else how many are finite and +inf there."""
@@ -143,7 +145,7 @@ def _quantize(
         bottom = tl.min(tl.load(p_lowest + row * n_blocks + part, mask=m_part, other=infinity), 0)
         nan = tl.min(tl.load(p_nans + row * n_blocks + part, mask=m_part, other=2147483647), 0)
     step, center, top, bottom = grid_of_row(
-        p_unit, p_step, p_center, p_top, p_bottom, p_nan, row, block, top, bottom, nan, size, bits
+        p_unit, p_step, p_center, p_top, p_bottom, p_nan, p_length, row, block, top, bottom, nan, size, bits
     )
     value, alive, counted = grid_values(given, step, center, top, bottom)
     tl.store(p_value + row * size + at, value, mask=m_at)
@@ -192,10 +194,10 @@ def empty_grid(u: Tensor, *, counted: bool, scored: bool = False) -> Quantized:
     real, long = torch.float64, torch.int64
     value, alive, counts = made(long, size), made(torch.int8, size), made(long, size if counted else 0)
     score = made(u.dtype, size if scored else 0)
-    unit, first_nan = made(long), made(torch.int32)
+    unit, first_nan, length = made(long), made(torch.int32), made(torch.int32)
     return Quantized(
         value, alive, counts, score, unit, made(real), made(real), top=made(real), bottom=made(real),
-        first_nan=first_nan,
+        first_nan=first_nan, length=length,
     )  # fmt: skip
 
 
@@ -219,8 +221,8 @@ def quantize(u: Tensor, *, counted: bool = True) -> Quantized:
         launch(_extents, grid, (u, *extents), (size, n_blocks), BLOCK=block)
     launch(
         _quantize, grid,
-        (u, *extents, found.unit, found.step, found.center, found.top, found.bottom, found.first_nan, found.value,
-         found.alive, found.counts, found.score, blocks),
+        (u, *extents, found.unit, found.step, found.center, found.top, found.bottom, found.first_nan, found.length,
+         found.value, found.alive, found.counts, found.score, blocks),
         (size, n_blocks, bits_for(size)), BLOCK=block, PARTS=next_power_of_2(n_blocks),
         WHOLE=whole, COUNTED=counted, num_warps=max(4, min(16, block // 256)),
     )  # fmt: skip

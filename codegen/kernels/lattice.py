@@ -18,12 +18,14 @@ from flexsparse.codegen.kernels.events import load_events
 
 
 @triton.jit
-def limits(p_counts, p_start, p_end, p_unit, row, t, m_t, times, budget, COUNT: tl.constexpr, SEGMENTS: tl.constexpr):
+def limits(
+    p_counts, p_start, p_end, p_unit, row, t, m_t, times, length, budget, COUNT: tl.constexpr, SEGMENTS: tl.constexpr
+):  # fmt: skip
     """First and last position of the prefix's own segment, and its budget; that of no times reaches everything."""
     scale: tl.constexpr = 1 if COUNT else 2
     key = row * times + t - 1
     m_t = m_t & (t > 0)
-    high = tl.zeros_like(t) + scale * times
+    high = tl.zeros_like(t) + scale * length
     low = tl.where(t > 0, 0, high)
     if SEGMENTS:
         low = tl.where(m_t, scale * (times - tl.load(p_end + key, mask=m_t, other=0).to(tl.int32)), low)
@@ -65,6 +67,12 @@ def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.co
 
 
 @triton.jit
+def events_of(p_length, row, COUNT: tl.constexpr):
+    """The number of events in rows' lists."""
+    return tl.load(p_length + row) * (1 if COUNT else 2)
+
+
+@triton.jit
 def _clear(p_column, n_columns, share, SHARE: tl.constexpr):
     """No cells yet: one program's share of all columns' entries."""
     first = tl.program_id(0) * share
@@ -75,7 +83,7 @@ def _clear(p_column, n_columns, share, SHARE: tl.constexpr):
 
 @triton.jit
 def table(
-    p_code, p_edge, p_weight, p_moment, p_column, events, chunk, n_slices, size, n_columns, share,
+    p_code, p_edge, p_length, p_weight, p_moment, p_column, events, chunk, n_slices, size, n_columns, share,
     COUNT: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the events of one slice of positions, for the prefix of each chunk and those before it."""
@@ -86,9 +94,10 @@ def table(
     # Each lane adds up its own events for all prefixes; the lanes meet once, at the end.
     weight = tl.zeros([PREFIXES, BLOCK], tl.int32)
     moment = tl.zeros([PREFIXES, BLOCK], tl.int32 if COUNT else tl.int64)
-    for first in range(0, size, BLOCK):
+    count = events_of(p_length, row, COUNT)
+    for first in range(0, tl.minimum(size, count - part * size), BLOCK):
         o_event = part * size + first + tl.arange(0, BLOCK)
-        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
+        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < count, COUNT)
         earlier = time[None, :] < stop[:, None]
         if not COUNT:
             weight += tl.where(earlier, w[None, :], 0)
@@ -101,7 +110,7 @@ def table(
 
 @triton.jit
 def table_of_many(
-    p_code, p_edge, p_weight, p_moment, p_column, events, chunk, n_slices, size, n_columns, share,
+    p_code, p_edge, p_length, p_weight, p_moment, p_column, events, chunk, n_slices, size, n_columns, share,
     COUNT: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """As ``table``, for more prefixes than lanes: those have prefixes, and all of them take an event at a time."""
@@ -111,10 +120,11 @@ def table_of_many(
     stop = (prefix + 1) * chunk
     weight = tl.zeros([PREFIXES], tl.int32)
     moment = tl.zeros([PREFIXES], tl.int32 if COUNT else tl.int64)
-    for first in range(0, size, UNROLL):
+    count = events_of(p_length, row, COUNT)
+    for first in range(0, tl.minimum(size, count - part * size), UNROLL):
         for step in tl.static_range(UNROLL):
             o_event = part * size + first + step
-            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < events, COUNT)
+            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < count, COUNT)
             earlier = time < stop
             if not COUNT:
                 weight += tl.where(earlier, w, 0)
@@ -127,7 +137,7 @@ def table_of_many(
 
 @triton.jit
 def _bucket_reached(
-    p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
+    p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
     times, events, budget, chunk, bucket, n_slices,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -137,6 +147,7 @@ def _bucket_reached(
     entry = (row * PREFIXES + column - 1) * n_slices + part
     # The prefix of no times has no entry.
     m_entry = part < tl.where(column > 0, n_slices, 0)
+    length, count = tl.load(p_length + row), events_of(p_length, row, COUNT)
     moment = tl.sum(tl.load(p_moment + entry, mask=m_entry, other=0), 1)
     upto_moment = tl.cumsum(moment, 0)
     weight = tl.zeros([BUCKETS], tl.int32)
@@ -147,30 +158,31 @@ def _bucket_reached(
     x = number * bucket
     edge = tl.zeros([BUCKETS], tl.int64)
     if not COUNT:
-        edge = tl.load(p_edge + row * events + x, mask=x < events, other=0)
-    t = tl.minimum(column * chunk, times) + tl.arange(0, 1)
-    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, budget, COUNT, SEGMENTS)
+        edge = tl.load(p_edge + row * events + x, mask=x < count, other=0)
+    t = tl.minimum(column * chunk, length) + tl.arange(0, 1)
+    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, length, budget, COUNT, SEGMENTS)
     beyond = is_within(x, upto_weight - weight, upto_moment - moment, edge, low, high, room, COUNT)
     return tl.maximum(tl.sum(beyond.to(tl.int32), 0) - 1, 0), upto_weight, upto_moment
 
 
 @triton.jit
 def outline(
-    p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_column, p_corner_weight, p_corner_moment,
+    p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_column, p_corner_weight, p_corner_moment,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_slices,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """The cells of one column of the coarsest lattice, from the table."""
     row, column = tl.program_id(0).to(tl.int64) // n_chunks, tl.program_id(0) % n_chunks
     highest, upto_weight, upto_moment = _bucket_reached(
-        p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
+        p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
         times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
     )  # fmt: skip
     lowest, _, _ = _bucket_reached(
-        p_edge, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column + 1,
+        p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column + 1,
         times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
     )  # fmt: skip
     number = tl.arange(0, BUCKETS)
+    highest = tl.where(column * chunk < tl.load(p_length + row), highest, -1)
     here = (number <= highest) & (number >= lowest)
     target = row * (n_chunks + n_buckets - 1) + column + n_buckets - 1 - number
     tl.store(p_column + target, tl.zeros_like(number) + column, mask=here)
@@ -181,7 +193,7 @@ def outline(
 @triton.jit
 def _parts_reached(
     p_edge, p_counts, p_start, p_end, p_unit, row, bucket, t, weight, moment, top_weight, top_moment,
-    times, events, budget, size, COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr,
+    times, length, events, count, budget, size, COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Which of a bucket's parts the prefixes of t times [T] reach, and their sums up to each part's end [T, FACTOR].
 
@@ -198,9 +210,9 @@ def _parts_reached(
     edge = tl.zeros([FACTOR], tl.int64)
     top_edge = tl.zeros([], tl.int64)
     if not COUNT:
-        edge = tl.load(p_edge + row * events + x, mask=x < events, other=0)
-        top_edge = tl.load(p_edge + row * events + top, mask=top < events, other=0)
-    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, budget, COUNT, SEGMENTS)
+        edge = tl.load(p_edge + row * events + x, mask=x < count, other=0)
+        top_edge = tl.load(p_edge + row * events + top, mask=top < count, other=0)
+    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, length, budget, COUNT, SEGMENTS)
     beyond = is_within(
         x[None, :], upto_weight - weight, upto_moment - moment, edge[None, :], low[:, None], high[:, None],
         room[:, None], COUNT,
@@ -220,7 +232,7 @@ def _with_last(each, last, FACTOR: tl.constexpr):
 
 @triton.jit
 def refine(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
+    p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
     times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
@@ -234,8 +246,9 @@ def refine(
         inner = tl.arange(0, FACTOR)
         t = (column * FACTOR + inner) * chunk
         last_t = (column + 1) * FACTOR * chunk
+        length, count = tl.load(p_length + row), events_of(p_length, row, COUNT)
         # Keys without weight stand at the list's end, which a lattice may go beyond.
-        top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, events)
+        top = tl.minimum((coarse_bucket + 1) * FACTOR * bucket, count)
         # The lanes meet once, after the loop: sums of the events inside each part of the bucket, for the prefixes at
         # which the parts of the chunk begin and for that at its end; and of the chunk's own keys before the bucket's
         # end.
@@ -250,10 +263,10 @@ def refine(
             for step in tl.static_range(UNROLL):
                 inside = first + step * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
                 o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
-                m_event = (inside < bucket) & (o_event < events)
+                m_event = (inside < bucket) & (o_event < count)
                 time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
                 key = (column * FACTOR + inner)[None, :] * chunk + inside
-                m_key = (inside < chunk) & (key < times)
+                m_key = (inside < chunk) & (key < length)
                 own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
                 own_moment += own_m
                 earlier = time[None, :, :] < t[:, None, None]
@@ -273,16 +286,16 @@ def refine(
         if not COUNT:
             inside_weight = _with_last(tl.sum(weight, 1), tl.sum(last_weight, 0)[None, :], FACTOR)
             top_weight = tl.load(p_weight + cell) + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
-        prefix = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, times)
+        prefix = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, length)
         highest, upto_weight, upto_moment = _parts_reached(
             p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, prefix, inside_weight, inside_moment,
-            top_weight, top_moment, times, events, budget, bucket, COUNT, SEGMENTS, FACTOR,
+            top_weight, top_moment, times, length, events, count, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
         # A column ends where the next one begins.
         lowest = tl.sum(tl.where(number[None, :] == number[:, None] + 1, highest[None, :], 0), 1)
         part = column * FACTOR + number
         here = (inner[None, :] <= highest[:, None]) & (inner[None, :] >= lowest[:, None])
-        here &= ((number < FACTOR) & (part < n_chunks))[:, None]
+        here &= ((number < FACTOR) & (part * chunk < length))[:, None]
         place = part[:, None] + n_buckets - 1 - (coarse_bucket * FACTOR + inner)[None, :]  # [2 * FACTOR, FACTOR]
         target = row * (n_chunks + n_buckets - 1) + place
         tl.store(p_new_column + target, tl.zeros_like(place) + part[:, None], mask=here)

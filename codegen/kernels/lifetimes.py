@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
+from flexsparse.codegen.kernels.grid import Quantized
 from flexsparse.codegen.kernels.launch import launch
+from flexsparse.codegen.kernels.pruning import Kept
 
 _BLOCK = 1024
 # A row of up to so many keys is one program's.
@@ -27,16 +29,23 @@ _READ_AT_ONCE, _TOGETHER = 1 << 23, 4
 
 
 @triton.jit
-def _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS: tl.constexpr):
+def _link_of(
+    p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none,
+    SEGMENTS: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     """The key whose slot each key takes, or -1 less its slot where it takes a fresh one."""
-    counts = tl.load(p_counts + row * times + key, mask=m_key, other=0)
-    if SEGMENTS:
-        start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
-        counts -= tl.load(p_counts + row * times + start - 1, mask=m_key & (start > 0), other=0)
-    before = ((counts >> 32) + (counts & 4294967295)).to(tl.int32) - 1
+    if KEPT:
+        # None is left out before k are there.
+        before = key
+    else:
+        counts = tl.load(p_counts + row * times + key, mask=m_key, other=0)
+        if SEGMENTS:
+            start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
+            counts -= tl.load(p_counts + row * times + start - 1, mask=m_key & (start > 0), other=0)
+        before = ((counts >> 32) + (counts & 4294967295)).to(tl.int32) - 1
     held = m_key & (death > birth)
     # Whoever enters a full set pushes a key out at the same query.
-    leaver = tl.load(p_leaving + row * times + birth, mask=held & (before >= k), other=0)
+    leaver = tl.load(p_leaving + row * times + key, mask=held & (before >= k), other=0)
     return tl.where(held, tl.where(before < k, -1 - before, leaver), none)
 
 
@@ -56,113 +65,138 @@ def _follow_inside(p_link, row, first, key, m_key, link, times):
 
 
 @triton.jit
-def _put(p_slot, row, key, m_key, link, times, none, LAST: tl.constexpr):
+def _times_of(p_time, row, key, m_key, times, KEPT: tl.constexpr):
+    """Where keys stand in their row."""
+    time = key
+    if KEPT:
+        time = tl.load(p_time + row * times + key, mask=m_key, other=0)
+    return time
+
+
+@triton.jit
+def _put(p_slot, p_time, row, key, m_key, link, times, none, KEPT: tl.constexpr, LAST: tl.constexpr):
     """What links end at is -1 less the slot."""
     if LAST:
         link = tl.where(link == none, -1, -1 - link)
+        key = _times_of(p_time, row, key, m_key, times, KEPT)
     tl.store(p_slot + row * times + key, link, mask=m_key)
 
 
 @triton.jit
 def _deaths(
-    p_count, p_rank, p_alive, p_start, p_end, p_birth, p_death, p_leaving, times, k, after, steps,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    p_count, p_rank, p_alive, p_length, p_time, p_start, p_end, p_birth, p_death, p_leaving, times, k, after, steps,
+    SEGMENTS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first query at which each key is no longer among the k best, by binary search over the prefixes."""
     row = tl.program_id(0).to(tl.int64)
-    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_key = key < times
-    start, end = tl.zeros_like(key), tl.zeros_like(key) + times
-    if SEGMENTS:
-        start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
-        end = tl.load(p_end + row * times + key, mask=m_key, other=0).to(tl.int32)
-    rank = tl.load(p_rank + row * times + key, mask=m_key, other=0)
-    alive = tl.load(p_alive + row * times + key, mask=m_key, other=0) != 0
-    birth = tl.minimum(key + after, end)
-    # The prefix of t keys serves query t - 1 + after. Fewer than k keys push nobody out.
-    low = tl.maximum(key + 1, tl.minimum(start + k, times))
-    high = tl.maximum(end - after + 1, low)
-    stop = high
-    for _ in range(steps):
-        middle = (low + high) // 2
-        open_ = m_key & (low < high)
-        out = tl.load(p_count + row * times + middle - 1, mask=open_, other=0) <= rank
-        high = tl.where(open_ & out, middle, high)
-        low = tl.where(open_ & ~out, middle + 1, low)
-    death = tl.where(low < stop, tl.minimum(low - 1 + after, end), end)
-    death = tl.maximum(tl.where(alive, death, birth), birth)
-    tl.store(p_birth + row * times + key, birth, mask=m_key)
-    tl.store(p_death + row * times + key, death, mask=m_key)
-    # One key at most leaves at a query inside its segment; a key that lives to the segment's end does not leave.
-    tl.store(p_leaving + row * times + death, key, mask=m_key & (death > birth) & (death < end))
+    length = tl.load(p_length + row)
+    if tl.program_id(1) * BLOCK < length:
+        key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        m_key = key < length
+        start, end = tl.zeros_like(key), tl.zeros_like(key) + times
+        if SEGMENTS:
+            start = tl.load(p_start + row * times + key, mask=m_key, other=0).to(tl.int32)
+            end = tl.load(p_end + row * times + key, mask=m_key, other=0).to(tl.int32)
+        rank = tl.load(p_rank + row * times + key, mask=m_key, other=0)
+        time = _times_of(p_time, row, key, m_key, times, KEPT)
+        birth = tl.minimum(time + after, end)
+        # The prefix of t keys serves the query of its last one's time + after. Fewer than k keys push nobody out.
+        low = tl.maximum(key + 1, tl.minimum(start + k, length))
+        high = low * 0 + length + 1 if KEPT else tl.maximum(end - after + 1, low)
+        stop = high
+        for _ in range(steps):
+            middle = (low + high) // 2
+            open_ = m_key & (low < high)
+            out = tl.load(p_count + row * times + middle - 1, mask=open_, other=0) <= rank
+            high = tl.where(open_ & out, middle, high)
+            low = tl.where(open_ & ~out, middle + 1, low)
+        last = _times_of(p_time, row, low - 1, m_key & (low < stop), times, KEPT)
+        death = tl.where(low < stop, tl.minimum(last + after, end), end)
+        if not KEPT:
+            alive = tl.load(p_alive + row * times + key, mask=m_key, other=0) != 0
+            death = tl.where(alive, death, birth)
+        death = tl.maximum(death, birth)
+        tl.store(p_birth + row * times + time, birth, mask=m_key)
+        tl.store(p_death + row * times + time, death, mask=m_key)
+        # One key at most leaves with another that enters; a key that lives to the segment's end does not leave.
+        tl.store(p_leaving + row * times + low - 1, key, mask=m_key & (death > birth) & (death < end))
 
 
 @triton.jit
 def _links(
-    p_counts, p_start, p_birth, p_death, p_leaving, p_link, p_slot, times, k, none,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
+    p_counts, p_length, p_time, p_start, p_birth, p_death, p_leaving, p_link, p_slot, times, k, none,
+    SEGMENTS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Links of one block's keys, followed as far as they stay inside it."""
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    key = first + tl.arange(0, BLOCK)
-    m_key = key < times
-    birth = tl.load(p_birth + row * times + key, mask=m_key, other=0)
-    death = tl.load(p_death + row * times + key, mask=m_key, other=0)
-    link = _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS)
-    link = _follow_inside(p_link, row, first, key, m_key, link, times)
-    if LAST:
-        _put(p_slot, row, key, m_key, link, times, none, LAST)
+    first, length = tl.program_id(1) * BLOCK, tl.load(p_length + row)
+    if first < length:
+        key = first + tl.arange(0, BLOCK)
+        m_key = key < length
+        time = _times_of(p_time, row, key, m_key, times, KEPT)
+        birth = tl.load(p_birth + row * times + time, mask=m_key, other=0)
+        death = tl.load(p_death + row * times + time, mask=m_key, other=0)
+        link = _link_of(p_counts, p_start, p_leaving, row, key, m_key, birth, death, times, k, none, SEGMENTS, KEPT)
+        link = _follow_inside(p_link, row, first, key, m_key, link, times)
+        if LAST:
+            _put(p_slot, p_time, row, key, m_key, link, times, none, KEPT, LAST)
 
 
 @triton.jit
-def _follow(p_link, p_next, times, none, BLOCK: tl.constexpr, LAST: tl.constexpr):
+def _follow(
+    p_link, p_length, p_time, p_next, times, none, KEPT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
     """Every link doubled once."""
     row = tl.program_id(0).to(tl.int64)
-    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_key = key < times
-    link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
-    link = tl.where(link >= 0, tl.load(p_link + row * times + link, mask=m_key & (link >= 0), other=0), link)
-    _put(p_next, row, key, m_key, link, times, none, LAST)
+    first, length = tl.program_id(1) * BLOCK, tl.load(p_length + row)
+    if first < length:
+        key = first + tl.arange(0, BLOCK)
+        m_key = key < length
+        link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
+        link = tl.where(link >= 0, tl.load(p_link + row * times + link, mask=m_key & (link >= 0), other=0), link)
+        _put(p_next, p_time, row, key, m_key, link, times, none, KEPT, LAST)
 
 
 def lifetimes(
     count: Tensor,
     rank: Tensor,
-    alive: Tensor,
-    counts: Tensor,
+    grid: Quantized,
     k: int,
     after: int,
     segments: tuple[Tensor, Tensor] | None,
+    kept: Kept | None,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """birth, death and slot of every key, [R, S] int32 each, into ``out``; the slot of one never selected is -1.
 
     ``count`` [R, S] int32: the crossing, in the order of rank, of k - 1 keys for every prefix; ``rank`` [R, S] int32
-    by key; ``alive`` [R, S] int8, 0 for keys that are never selected; ``counts`` as in ``Quantized``.
+    by key. Where only some keys are ``kept``, these and ``grid`` are of them, and the others' are there.
     """
     rows, times = rank.shape
     birth, death, slot = out
     link, leaving = torch.empty_like(rank), torch.empty_like(rank)
     start, end = segments if segments is not None else (rank, rank)
+    time, flags = rank if kept is None else kept.time, {"KEPT": kept is not None}
     segmented = segments is not None
     few = 1024 if rows * times > _FEW else 128
     launch(
-        _deaths, (rows, cdiv(times, few)), (count, rank, alive, start, end, birth, death, leaving),
-        (times, k, after, times.bit_length()), SEGMENTS=segmented, BLOCK=few,
+        _deaths, (rows, cdiv(times, few)), (count, rank, grid.alive, grid.length, time, start, end, birth, death, leaving),
+        (times, k, after, times.bit_length()), SEGMENTS=segmented, BLOCK=few, **flags,
     )  # fmt: skip
     # A chain enters every block once at most.
     block = next_power_of_2(times) if times <= _ONE_PROGRAM else _BLOCK
-    grid = rows, cdiv(times, block)
-    doublings = (grid[1] - 1).bit_length()
+    shape = rows, cdiv(times, block)
+    doublings = (shape[1] - 1).bit_length()
     launch(
-        _links, grid, (counts, start, birth, death, leaving, link, slot), (times, k, _NONE), SEGMENTS=segmented,
-        BLOCK=block, LAST=doublings == 0, num_warps=max(4, min(16, block // 128)),
+        _links, shape, (grid.counts, grid.length, time, start, birth, death, leaving, link, slot), (times, k, _NONE),
+        SEGMENTS=segmented, BLOCK=block, LAST=doublings == 0, num_warps=max(4, min(16, block // 128)), **flags,
     )  # fmt: skip
     following = leaving
     for left in reversed(range(doublings)):
         target = slot if left == 0 else following
-        launch(_follow, grid, (link, target), (times, _NONE), BLOCK=block, LAST=left == 0)
+        launch(
+            _follow, shape, (link, grid.length, time, target), (times, _NONE), BLOCK=block, LAST=left == 0, **flags
+        )  # fmt: skip
         link, following = target, link
 
 

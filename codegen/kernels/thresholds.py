@@ -11,6 +11,7 @@ from flexsparse.codegen.kernels.arithmetic import cdiv
 from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
 from flexsparse.codegen.kernels.launch import launch
+from flexsparse.codegen.kernels.pruning import Kept
 from flexsparse.codegen.kernels.recording import operate
 from flexsparse.codegen.kernels.staircase import Crossings
 
@@ -23,9 +24,9 @@ _HIGHEST = 2**63 - 1
 
 @triton.jit
 def _threshold(
-    p_found, p_edge, p_counts, p_start, p_end, p_unit, p_step, p_center, p_nan,
+    p_found, p_edge, p_counts, p_index, p_start, p_end, p_unit, p_step, p_center, p_nan,
     p_tau, p_floor, p_ceil, p_candidates, times, budget, after, lowest, highest,
-    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """tau of one block of queries, and the grid points around it."""
     row = tl.program_id(0).to(tl.int64)
@@ -37,6 +38,12 @@ def _threshold(
     stop = tl.maximum(query - after + 1, start)
     some = m_query & (stop > start)
     prefix = row * times + stop - 1
+    if KEPT:
+        # A prefix ends with the last of its keys that remain.
+        some = m_query & (stop > 0)
+        kept = tl.load(p_index + prefix, mask=some, other=0)
+        some &= kept > 0
+        prefix = row * times + kept - 1
     counts = tl.load(p_counts + prefix, mask=some, other=0)
     first = tl.zeros_like(query)
     if SEGMENTS:
@@ -70,7 +77,8 @@ def _threshold(
     tl.store(p_tau + o_query, tau.to(p_tau.dtype.element_ty), mask=m_query)
     tl.store(p_floor + o_query, floor, mask=m_query)
     tl.store(p_ceil + o_query, ceil, mask=m_query)
-    tl.store(p_candidates + o_query, ((counts >> 32) + (counts & 4294967295)).to(tl.int32), mask=m_query)
+    if not KEPT:
+        tl.store(p_candidates + o_query, ((counts >> 32) + (counts & 4294967295)).to(tl.int32), mask=m_query)
 
 
 def thresholds(
@@ -80,16 +88,21 @@ def thresholds(
     budget: int,
     after: int,
     segments: tuple[Tensor, Tensor] | None,
+    kept: Kept | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """Into ``out``: tau [R, S] by query; the grid points at or below and at or above it, int64; candidates, int32."""
+    """Into ``out``: tau [R, S] by query; the grid points at or below and at or above it, int64; candidates, int32.
+
+    Where only some keys are ``kept``, ``found``, ``events`` and ``grid`` are of these, and candidates are there.
+    """
     rows, times = grid.value.shape
     start, end = segments if segments is not None else (grid.counts, grid.counts)
     block = 512 if rows * times > _FEW else 128
     launch(
         _threshold, (rows, cdiv(times, block)),
-        (found.found, events.edge, grid.counts, start, end, grid.unit, grid.step, grid.center, grid.first_nan, *out),
-        (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, BLOCK=block,
+        (found.found, events.edge, grid.counts, grid.counts if kept is None else kept.index, start, end, grid.unit, grid.step, grid.center, grid.first_nan, *out),
+        (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, KEPT=kept is not None,
+        BLOCK=block,
     )  # fmt: skip
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.codegen.kernels.lattice import is_within, limits, own_events
+from flexsparse.codegen.kernels.lattice import events_of, is_within, limits, own_events
 
 
 @triton.jit
-def _event_before(p_code, p_edge, row, x, top, events, active, COUNT: tl.constexpr):
+def _event_before(p_code, p_edge, row, x, top, events, count, active, COUNT: tl.constexpr):
     """Code and value of the event before position x of each lane; at ``top``, or where there is none, -1."""
     m_event = active & (x > 0)
     code = tl.load(p_code + row * events + x - 1, mask=m_event & (x <= top), other=-1)
     edge = tl.zeros_like(row)
     if not COUNT:
-        edge = tl.load(p_edge + row * events + x - 1, mask=m_event & (x <= events), other=0)
+        edge = tl.load(p_edge + row * events + x - 1, mask=m_event & (x <= count), other=0)
     return code, edge
 
 
@@ -38,7 +38,7 @@ def _shifted(taken, first, second, third, fourth):
 
 @triton.jit
 def walk(
-    p_code, p_edge, p_value, p_place, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
+    p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
     p_corner_moment, p_result,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr,
@@ -57,31 +57,32 @@ def walk(
     weight = tl.load(p_corner_weight + cell, mask=active, other=0)
     moment = tl.load(p_corner_moment + cell, mask=active, other=0)
     row, number = cell.to(tl.int64) // n_cells, column + n_buckets - 1 - (cell % n_cells)
-    top = tl.minimum((number + 1) * bucket, events)
+    length, count = tl.load(p_length + row), events_of(p_length, row, COUNT)
+    top = tl.minimum((number + 1) * bucket, count)
     bottom = tl.where(number == 0, -1, number * bucket)
-    stop = tl.minimum((column + 1) * chunk, times)
+    stop = tl.minimum((column + 1) * chunk, length)
     w, m = own_events(p_value, p_place, p_unit, row, column * chunk, active, top, times, COUNT)
     weight += w
     moment += m
     t = column * chunk + 1
     x = top + 1
-    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, active, times, budget, COUNT, SEGMENTS)
+    low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, active, times, length, budget, COUNT, SEGMENTS)
     # Without +inf and segments nothing but t changes from prefix to prefix.
     changing = tl.max(active.to(tl.int32), 0) > 0
     if not SEGMENTS:
         if COUNT:
             changing = changing & False
         else:
-            infinite = tl.load(p_counts + row * times + times - 1, mask=active, other=0) >> 32
+            infinite = tl.load(p_counts + row * times + length - 1, mask=active, other=0) >> 32
             changing = tl.max((infinite > 0).to(tl.int32), 0) > 0
     unit = tl.load(p_unit + row)
     while tl.max(active.to(tl.int32), 0) > 0:
         # Each step takes an event or a key, and it is not known before which. The next four of both are loaded
         # together, so that four steps wait for memory once.
-        code, edge = _event_before(p_code, p_edge, row, x, top, events, active, COUNT)
-        code_1, edge_1 = _event_before(p_code, p_edge, row, x - 1, top, events, active, COUNT)
-        code_2, edge_2 = _event_before(p_code, p_edge, row, x - 2, top, events, active, COUNT)
-        code_3, edge_3 = _event_before(p_code, p_edge, row, x - 3, top, events, active, COUNT)
+        code, edge = _event_before(p_code, p_edge, row, x, top, events, count, active, COUNT)
+        code_1, edge_1 = _event_before(p_code, p_edge, row, x - 1, top, events, count, active, COUNT)
+        code_2, edge_2 = _event_before(p_code, p_edge, row, x - 2, top, events, count, active, COUNT)
+        code_3, edge_3 = _event_before(p_code, p_edge, row, x - 3, top, events, count, active, COUNT)
         place, value = _key_at(p_place, p_value, row, t, stop, times, active, COUNT)
         place_1, value_1 = _key_at(p_place, p_value, row, t + 1, stop, times, active, COUNT)
         place_2, value_2 = _key_at(p_place, p_value, row, t + 2, stop, times, active, COUNT)
@@ -129,7 +130,7 @@ def walk(
                 value, value_1, value_2 = _shifted(here, value, value_1, value_2, value_3)
             if changing:
                 new_low, new_high, new_room = limits(
-                    p_counts, p_start, p_end, p_unit, row, t, active & here, times, budget, COUNT, SEGMENTS
+                    p_counts, p_start, p_end, p_unit, row, t, active & here, times, length, budget, COUNT, SEGMENTS
                 )  # fmt: skip
                 low = tl.where(here, new_low, low)
                 high = tl.where(here, new_high, high)

@@ -11,12 +11,14 @@ from torch import Tensor
 from flexsparse.codegen.kernels import gate_inputs as gate_kernels
 from flexsparse.codegen.kernels import grid as grids
 from flexsparse.codegen.kernels import lifetimes as lifetime_kernels
-from flexsparse.codegen.kernels import long_rows, rows, short_rows, staircase
+from flexsparse.codegen.kernels import long_rows, pruning, rows, short_rows, staircase
 from flexsparse.codegen.kernels import thresholds as threshold_kernels
 from flexsparse.codegen.kernels.events import Ranked, merged_events, ranked
 from flexsparse.codegen.kernels.gate_inputs import Finite, GateInputs
 from flexsparse.codegen.kernels.grid import Quantized
+from flexsparse.codegen.kernels.pruning import Kept, Left
 from flexsparse.codegen.kernels.recording import Aside, operate, repeated
+from flexsparse.codegen.kernels.sorting import ranked_by_merging
 from flexsparse.errors import ShapeError
 from flexsparse.ops.causal import CausalSelection, Thresholds, bounds_of
 from flexsparse.ops.projection import Projected, result_dtype
@@ -117,15 +119,15 @@ def _select_group(
     two = _side_by_side(u) and None not in wanted[:2]
 
     def run() -> None:
-        grid, keys = _quantized_and_ranked(u, bounds)
         thresholds, lifetimes, table, gates = wanted
+        grid, keys, kept = _quantized_and_ranked(u, budget, after, bounds, wanted)
         # Side by side: short steps of one alone leave a GPU idle.
         beside = Aside(u.device, wanted=two)
         if lifetimes is not None:
             with beside.begun():
-                _find_lifetimes(keys, grid, budget, after, bounds, lifetimes, table, chunk)
+                _find_lifetimes(keys, grid, budget, after, bounds, kept, lifetimes, table, chunk)
         if thresholds is not None:
-            _find_thresholds(keys, grid, budget, after, bounds, thresholds)
+            _find_thresholds(keys, grid, budget, after, bounds, kept, thresholds)
             if gates is not None and finite is not None:
                 gate_kernels.gate_inputs(u, thresholds.tau, thresholds.candidates, budget, finite, gates)
         # What the other stream reads is kept until it has joined.
@@ -134,11 +136,18 @@ def _select_group(
     repeated(key, [u, *(bounds or ())], wanted.tensors, run, two_streams=two)
 
 
-def _quantized_and_ranked(u: Tensor, bounds: tuple[Tensor, Tensor] | None) -> tuple[Quantized, Ranked]:
+def _quantized_and_ranked(
+    u: Tensor, budget: int, after: int, bounds: tuple[Tensor, Tensor] | None, wanted: Wanted
+) -> tuple[Quantized, Ranked, Kept | None]:
+    """The grid and the order of all keys, or of those that are kept."""
     if short_rows.takes(u):
-        return short_rows.quantized_and_ranked(u, bounds)
+        return *short_rows.quantized_and_ranked(u, bounds), None
+    if bounds is None and pruning.takes(u):
+        candidates = None if wanted.thresholds is None else wanted.thresholds.candidates
+        grid, kept = pruning.pruned(u, budget, after, Left(candidates, wanted.lifetimes))
+        return grid, ranked_by_merging(grid), kept
     grid = grids.quantize(u)
-    return grid, ranked(*_order(grid.score, bounds), grid)
+    return grid, ranked(*_order(grid.score, bounds), grid), None
 
 
 def _side_by_side(u: Tensor) -> bool:
@@ -147,12 +156,18 @@ def _side_by_side(u: Tensor) -> bool:
 
 
 def _find_thresholds(
-    keys: Ranked, grid: Quantized, budget: int, after: int, bounds: tuple[Tensor, Tensor] | None, out: Thresholds
+    keys: Ranked,
+    grid: Quantized,
+    budget: int,
+    after: int,
+    bounds: tuple[Tensor, Tensor] | None,
+    kept: Kept | None,
+    out: Thresholds,
 ) -> None:
     events = merged_events(keys, grid, bounds)
     size = grid.value.shape[1]
     found = staircase.crossings(events, size, budget, counts=grid.counts, unit=grid.unit, segments=bounds)
-    threshold_kernels.thresholds(found, events, grid, budget, after, bounds, out)
+    threshold_kernels.thresholds(found, events, grid, budget, after, bounds, kept, out)
 
 
 def _find_lifetimes(
@@ -161,12 +176,13 @@ def _find_lifetimes(
     budget: int,
     after: int,
     bounds: tuple[Tensor, Tensor] | None,
+    kept: Kept | None,
     out: CausalSelection,
     table: Tensor | None,
     chunk: int,
 ) -> None:
     found = staircase.crossings(keys.counted, grid.value.shape[1], budget - 1, segments=bounds)
-    lifetime_kernels.lifetimes(found.reach, keys.counted.place, grid.alive, grid.counts, budget, after, bounds, out)
+    lifetime_kernels.lifetimes(found.reach, keys.counted.place, grid, budget, after, bounds, kept, out)
     if table is not None:
         lifetime_kernels.slot_table(*out, table, chunk)
 
