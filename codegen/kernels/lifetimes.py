@@ -176,11 +176,13 @@ def lifetimes(
     birth, death, slot = out
     link, leaving = torch.empty_like(rank), torch.empty_like(rank)
     start, end = segments if segments is not None else (rank, rank)
-    time, flags = rank if kept is None else kept.time, {"KEPT": kept is not None}
+    time = rank if kept is None else kept.time
+    flags = {"KEPT": kept is not None}
     segmented = segments is not None
     few = 1024 if rows * times > _FEW else 128
     launch(
-        _deaths, (rows, cdiv(times, few)), (count, rank, grid.alive, grid.length, time, start, end, birth, death, leaving),
+        _deaths, (rows, cdiv(times, few)),
+        (count, rank, grid.alive, grid.length, time, start, end, birth, death, leaving),
         (times, k, after, times.bit_length()), SEGMENTS=segmented, BLOCK=few, **flags,
     )  # fmt: skip
     # A chain enters every block once at most.
@@ -253,20 +255,21 @@ def _fill(p_death, p_table, p_newest, times, chunk, n_chunks, n_groups, k, GROUP
     # Four chunks at a time: what they load does not wait for one another.
     part = group * GROUP
     stop = tl.minimum(part + GROUP, n_chunks)
+    stops = tl.zeros_like(slot) + stop
     while part < stop:
         entry = p_table + (row * n_chunks + part) * k + slot
         first = tl.maximum(latest, tl.load(entry, mask=m_slot, other=-1))
-        second = tl.maximum(first, tl.load(entry + k, mask=m_slot & (part + 1 < stop), other=-1))
-        third = tl.maximum(second, tl.load(entry + 2 * k, mask=m_slot & (part + 2 < stop), other=-1))
-        latest = tl.maximum(third, tl.load(entry + 3 * k, mask=m_slot & (part + 3 < stop), other=-1))
+        second = tl.maximum(first, tl.load(entry + k, mask=m_slot & (part + 1 < stops), other=-1))
+        third = tl.maximum(second, tl.load(entry + 2 * k, mask=m_slot & (part + 2 < stops), other=-1))
+        latest = tl.maximum(third, tl.load(entry + 3 * k, mask=m_slot & (part + 3 < stops), other=-1))
         first = _alive_at(p_death, row, times, part * chunk, first, m_slot)
         second = _alive_at(p_death, row, times, (part + 1) * chunk, second, m_slot)
         third = _alive_at(p_death, row, times, (part + 2) * chunk, third, m_slot)
         fourth = _alive_at(p_death, row, times, (part + 3) * chunk, latest, m_slot)
         tl.store(entry, first, mask=m_slot)
-        tl.store(entry + k, second, mask=m_slot & (part + 1 < stop))
-        tl.store(entry + 2 * k, third, mask=m_slot & (part + 2 < stop))
-        tl.store(entry + 3 * k, fourth, mask=m_slot & (part + 3 < stop))
+        tl.store(entry + k, second, mask=m_slot & (part + 1 < stops))
+        tl.store(entry + 2 * k, third, mask=m_slot & (part + 2 < stops))
+        tl.store(entry + 3 * k, fourth, mask=m_slot & (part + 3 < stops))
         part += 4
 
 

@@ -13,6 +13,7 @@ logarithm of the length. Where scores rise as fast as the sets are renewed, all 
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
-from flexsparse.codegen.kernels.grid import Quantized, bits_for, empty_grid, extent_of, grid_of_row, grid_values
+from flexsparse.codegen.kernels.grid import Quantized, bits_for, empty_grid, grid_of_row, grid_values
 from flexsparse.codegen.kernels.launch import launch
 
+# "1" in the environment: keys are left out.
+PRUNING = "FLEXSPARSE_PRUNING"
 # Keys at a time, blocks of a row at most, scores that the levels are taken from, and how many levels.
 _BLOCK, _MOST_BLOCKS, _SAMPLES, _LEVELS = 1024, 256, 256, 16
 # f is summed in float32, from scores that are not on the grid: shares of k for both, rounded up by a multiple.
@@ -34,7 +37,7 @@ class Kept(NamedTuple):
     """Which keys remain of R rows of S: those of a row stand in order at the beginning of its ``time``."""
 
     time: Tensor  # [R, S] int32: the position of each key that remains
-    index: Tensor  # [R, S] int32, by position: how many keys up to and with that one remain
+    upto: Tensor  # [R, S] int32, by position: how many keys up to and with that one remain
 
 
 class Left(NamedTuple):
@@ -126,7 +129,7 @@ def _bounded(
 
 @triton.jit
 def _compacted(
-    p_u, p_bound, p_kept, p_counted, p_step, p_center, p_top, p_bottom, p_length, p_time, p_index, p_score, p_value,
+    p_u, p_bound, p_kept, p_counted, p_step, p_center, p_top, p_bottom, p_length, p_time, p_upto, p_score, p_value,
     p_counts, p_candidates, p_birth, p_death, p_slot, size, n_blocks, block, after,
     CANDIDATES: tl.constexpr, LIFETIMES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +159,7 @@ def _compacted(
         both = tl.cumsum(kept.to(tl.int64) + (infinite.to(tl.int64) << 32), 0)
         index = n_kept + both.to(tl.int32)
         here = row * size + at
-        tl.store(p_index + here, index, mask=m_at)
+        tl.store(p_upto + here, index, mask=m_at)
         target = row * size + index - 1
         value, _, _ = grid_values(u, step, center, top, bottom)
         tl.store(p_time + target, at, mask=kept)
@@ -181,8 +184,8 @@ def _compacted(
 
 
 def takes(u: Tensor) -> bool:
-    """Whether the scores u [R, S] fit float32, in which bounds are found."""
-    return u.dtype != torch.float64
+    """Whether it is asked for, and the scores u [R, S] fit float32, in which bounds are found."""
+    return os.environ.get(PRUNING) == "1" and u.dtype != torch.float64
 
 
 def pruned(u: Tensor, k: int, after: int, left: Left) -> tuple[Quantized, Kept]:
@@ -219,7 +222,7 @@ def pruned(u: Tensor, k: int, after: int, left: Left) -> tuple[Quantized, Kept]:
     lifetimes = (n_kept, n_kept, n_kept) if left.lifetimes is None else left.lifetimes
     launch(
         _compacted, shape,
-        (u, bound, n_kept, counted, *grid[1:], found.length, kept.time, kept.index, found.score, found.value,
+        (u, bound, n_kept, counted, *grid[1:], found.length, kept.time, kept.upto, found.score, found.value,
          found.counts, candidates, *lifetimes),
         (size, n_blocks, block, after), CANDIDATES=left.candidates is not None, LIFETIMES=left.lifetimes is not None,
         BLOCK=_BLOCK, PARTS=parts,

@@ -214,7 +214,8 @@ def _outline(
     many = prefixes > 32
     shape: dict[str, int] = {"UNROLL": min(16, length), "num_warps": 1} if many else {"BLOCK": min(128, length)}
     launch(
-        table_of_many if many else table, (rows * n_slices,), (events.code, events.edge, events.length, weight, moment, columns),
+        table_of_many if many else table, (rows * n_slices,),
+        (events.code, events.edge, events.length, weight, moment, columns),
         (size, coarse.chunk, n_slices, length, n_columns, cdiv(n_columns, rows * n_slices)), COUNT=flags["COUNT"],
         PREFIXES=prefixes, **shape,
     )  # fmt: skip

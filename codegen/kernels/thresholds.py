@@ -24,7 +24,7 @@ _HIGHEST = 2**63 - 1
 
 @triton.jit
 def _threshold(
-    p_found, p_edge, p_counts, p_index, p_start, p_end, p_unit, p_step, p_center, p_nan,
+    p_found, p_edge, p_counts, p_upto, p_start, p_end, p_unit, p_step, p_center, p_nan,
     p_tau, p_floor, p_ceil, p_candidates, times, budget, after, lowest, highest,
     SEGMENTS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _threshold(
     if KEPT:
         # A prefix ends with the last of its keys that remain.
         some = m_query & (stop > 0)
-        kept = tl.load(p_index + prefix, mask=some, other=0)
+        kept = tl.load(p_upto + prefix, mask=some, other=0)
         some &= kept > 0
         prefix = row * times + kept - 1
     counts = tl.load(p_counts + prefix, mask=some, other=0)
@@ -100,7 +100,8 @@ def thresholds(
     block = 512 if rows * times > _FEW else 128
     launch(
         _threshold, (rows, cdiv(times, block)),
-        (found.found, events.edge, grid.counts, grid.counts if kept is None else kept.index, start, end, grid.unit, grid.step, grid.center, grid.first_nan, *out),
+        (found.found, events.edge, grid.counts, grid.counts if kept is None else kept.upto, start, end, grid.unit,
+         grid.step, grid.center, grid.first_nan, *out),
         (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, KEPT=kept is not None,
         BLOCK=block,
     )  # fmt: skip

@@ -115,7 +115,7 @@ def _select_group(
     size = u.shape[1]
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
-    key = ("select", budget, after, chunk, finite, bounds is None, *[x is None for x in wanted])
+    key = ("select", budget, after, chunk, finite, bounds is None, pruning.takes(u), *[x is None for x in wanted])
     two = _side_by_side(u) and None not in wanted[:2]
 
     def run() -> None:
