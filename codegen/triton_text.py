@@ -1,8 +1,8 @@
 """Nodes to Triton text, for kernels into which a pattern's mask, score and gates are printed.
 
-The text reads ``b``, ``h``, ``q`` and ``kv``, integer tensors that broadcast together, the sizes, and one pointer and
-its strides for each captured tensor. Functions of sizes and scalars alone are computed by the host, and passed as
-numbers.
+The text reads ``b``, ``h``, ``q`` and ``kv``, integer tensors that broadcast together, the sizes, the PRECISION of
+products, on which functions may depend, and one pointer and its strides for each captured tensor. Functions of sizes
+and scalars alone are computed by the host, and passed as numbers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class TritonText:
         if op in _TRUNCATING:
             return f"{self._wrapped(args[0], Kind.INT, 7)} {_TRUNCATING[op]} {self._wrapped(args[1], Kind.INT, 8)}", 7
         if not operation.symbol:
-            return f"{_CALLS[op]}({', '.join(self._as(node.kind, a) for a in args)})", 10
+            given = [self._as(node.kind, a) for a in args]
+            if op == "tanh":
+                given.append("PRECISION")
+            return f"{_CALLS[op]}({', '.join(given)})", 10
         wanted = node.kind
         if op in COMPARISONS:
             wanted = Kind.REAL if any(a.kind is Kind.REAL for a in args) else Kind.INT

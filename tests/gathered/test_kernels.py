@@ -97,6 +97,7 @@ def arithmetic() -> dict[str, Any]:
         "extremes": (WINDOW & (abs(q - kv - 7) > 2)) | topk(9, after=3, gate="kv"),
         "a score of indices": HYBRID + bent / 50,
         "tanh of a score": HYBRID.score(P["softcap"](1.5)),
+        "tanh of small numbers": HYBRID.score(P["softcap"](20.0)),
         "numbers of each head": P["sliding_window"](per_head([5, 50, 5, 50])) | P["sparsek"](7),
         "boolean tensor": (HYBRID | P["sinks"](3)) & KEEP[b, kv],
         "nothing near": topk(9, gate="v") & (kv % 3 > 0),
