@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.nn.attention import flex_attention as _module
 
 # What a build that goes wrong raises.
@@ -21,6 +22,12 @@ FAILURES = (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, No
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
     """A dimension may change without a build."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def is_whole_graph() -> bool:
+    """Whether what Dynamo traces at this moment may not be left in between, as under ``fullgraph=True``."""
+    root = InstructionTranslator.current_tx().output.root_tx
+    return bool(getattr(root, "one_graph", True) or getattr(root, "error_on_graph_break", False))
 
 
 def inductor(graph: Any, inputs: Any) -> Any:

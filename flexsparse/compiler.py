@@ -33,7 +33,7 @@ from flexsparse.runtime.inputs import Shapes, check_scale, completed_by, shapes_
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
 from flexsparse.stages import Stages
-from flexsparse.traced import attend_traced, attention_within, key_of, remember
+from flexsparse.traced import attend_traced, attention_within, key_of, outside_graphs, remember
 
 
 def compile(
@@ -196,7 +196,9 @@ class CompiledAttention:
         synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
         key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
         Inside ``torch.compile`` the backends "gather" and "chunked" are one custom operator, also with
-        ``fullgraph=True``, and NaN and unsorted segments are not looked for.
+        ``fullgraph=True``, and NaN and unsorted segments are not looked for. Other backends break the graph, and build
+        graphs of their own as they always do; under ``fullgraph=True`` they are that operator too, which then computes
+        a call once more in its backward pass.
         Raises ShapeError, DtypeError, DeviceError, CapturedError, SegmentError, NonFiniteScoresError, BackendError, and
         PatternArgumentError for a number that the pattern does not take.
         """
@@ -208,8 +210,12 @@ class CompiledAttention:
         numbers, tensors = split_numbers(self._scalars, captured)
         if torch.compiler.is_compiling():
             traced = attend_traced(self, (query, key, value), tensors, numbers, scale, q_offset, validate)
-            if traced is not None:
-                return traced if return_lse else traced[0]
+            if traced is None:
+                return outside_graphs(
+                    self, query, key, value, scale=scale, return_lse=return_lse, q_offset=q_offset, validate=validate,
+                    **captured,
+                )  # fmt: skip
+            return traced if return_lse else traced[0]
         shapes = shapes_of(query, key, value, q_offset)
         given = completed_by(self._carried, tensors)
         inputs = [query, key, value, *(t for t in given.values() if isinstance(t, Tensor))]

@@ -6,6 +6,7 @@ forward and backward, is what an eager call computes; tiles are classified when 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import operator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexsparse._dynamo import is_whole_graph
 from flexsparse._torch import OUTSIDE_GRAPHS, autograd_inside
 from flexsparse.errors import BackendError, FlexsparseError, GradientError
 from flexsparse.ir.program import Numbers
@@ -30,14 +32,18 @@ if TYPE_CHECKING:
     from flexsparse.expression import Expression
     from flexsparse.settings import Settings
 
-# The backends that the operator runs; FlexAttention is traced as torch traces it.
+# The backends that the operator always runs. FlexAttention's have graphs of their own, which it runs where the one that
+# is traced may not be left: without a graph of autograd they compute a call once more in its backward pass.
 _OPERATED = ("gather", "chunked")
+# Stands for any length: a long one, and a multiple of what residue classes are taken by.
+_LENGTH = 55440
 _ATTENTIONS: dict[str, CompiledAttention] = {}
 
 
 def key_of(expression: Expression, settings: Settings) -> str:
     """A text from which another process can compile the same: the pattern, its settings, and a digest of both."""
-    fields = {name: getattr(settings, name) for name in ("backend", "deterministic", "block_size")}
+    fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    fields["kernel_options"] = dict(settings.kernel_options)
     digest = hashlib.sha256(repr((expression.node, fields)).encode()).hexdigest()[:16]
     return json.dumps({"pattern": str(expression), **fields, "digest": digest})
 
@@ -77,7 +83,7 @@ def attend_traced(
     q_offset: int,
     validate: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """out and lse as ``CompiledAttention.__call__`` gives them; None where the backend is none of the operator's.
+    """out and lse as ``CompiledAttention.__call__`` gives them; None where the call is one ``outside_graphs``.
 
     The numbers of a call are constants of the graph.
     """
@@ -88,10 +94,12 @@ def attend_traced(
         key = _key_at(key, ",".join([name for name, _ in numbers]), *constants)
     shapes = shapes_of(*operands, q_offset)
     # What a choice is made by is constant in a graph; lengths are not, and count as far as they are equal.
-    lengths = (1, 1) if shapes.q_len == shapes.kv_len else (1, 2)
+    lengths = (_LENGTH, _LENGTH) if shapes.q_len == shapes.kv_len else (_LENGTH, 2 * _LENGTH)
     fixed = (shapes.heads, shapes.kv_heads, *lengths, shapes.head_dim, shapes.value_dim)
-    backend = _backend(key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, q_offset)
-    if backend not in _OPERATED:
+    inputs = [*operands, *(x for x in given.values() if x is not None)]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    backend = _backend(key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, q_offset, needs_grad)
+    if not backend:
         return None
     program = attention.ir if not numbers else _attention_of(key).ir
     values = {spec.name: spec.value for spec in program.tensors if spec.value is not None}
@@ -114,6 +122,12 @@ def attend_traced(
 def attention_within(attention: CompiledAttention) -> CompiledAttention:
     """What a call with ``lengths`` computes, found while it is traced."""
     return _attention_of(_key_within(attention.key))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def outside_graphs(attention: CompiledAttention, *operands: Tensor, **given: Any) -> Any:
+    """A call that breaks the graph which is traced, for backends that build graphs of their own."""
+    return attention(*operands, **given)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -142,17 +156,31 @@ def _backend(
     dtype: torch.dtype,
     device: torch.device,
     q_offset: int,
+    needs_grad: bool,
 ) -> str:
-    """The backend of a call, chosen while it is traced; "" where the dense oracle takes its place."""
+    """The backend of a call, chosen while it is traced; "" where it runs outside of the graph."""
     attention = _attention_of(key)
     tensors_of(attention.pattern.node)
-    shapes = Shapes(1, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype, device, q_offset)
+    shapes = Shapes(1, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype, device, q_offset, needs_grad)
     try:
-        return choose(attention.ir, shapes, attention.settings)[0]
+        chosen = choose(attention.ir, shapes, attention.settings)[0]
     except BackendError:
         if attention.settings.fallback is None:
             raise
+        chosen = "reference"
+    if chosen in _OPERATED:
+        return chosen
+    if not is_whole_graph():
         return ""
+    if chosen == "reference" or (device.type == "cpu" and not chosen.endswith("eager")):
+        raise BackendError(
+            f"backend={chosen!r}",
+            got=f"a call on {device} that torch.compile(fullgraph=True) traces",
+            expected="a backend that stands in one graph there",
+            mend="Leave fullgraph out, so that the call breaks the graph, or use backend='chunked'.",
+        )
+    # Masks alone are run by what is best for the lengths of each call.
+    return chosen if attention.ir.selections else attention.settings.backend
 
 
 def _bound(
@@ -195,13 +223,14 @@ def _attend(
     named = dict(zip(names.split(","), tensors, strict=bool(tensors)))
     bound = _bound(attention, operands, named, backend, q_offset, validate)
     kept: list[Tensor] = []
-    out, lse = attention.runner.run(bound, scale, operands, True, kept)
+    with autograd_inside(), torch.no_grad():
+        out, lse = attention.runner.run(bound, scale, operands, True, kept)
     level, share, plain_out, plain_lse = (query.new_empty(0) for _ in range(4))
     if kept:
         level, share = kept[2:]
     if kept and attention.ir.has_sink:
         plain_out, plain_lse = kept[:2]
-    return out, lse, level, share, plain_out, plain_lse
+    return out.contiguous(), lse, level, share, plain_out, plain_lse
 
 
 @_attend.register_fake
