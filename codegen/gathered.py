@@ -104,6 +104,7 @@ def _source(program: Program) -> GatheredSource:
         captured,
         tuple(printer.text.numbers),
         len(program.selections),
+        gated,
         slot_gates,
         shifted,
         sorted(given),

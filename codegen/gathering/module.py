@@ -61,19 +61,20 @@ def module_text(
     captured: Sequence[tuple[str, int]],
     numbers: Sequence[str],
     selections: int,
+    all_gated: Sequence[int],
     gated: Mapping[int, Sequence[int]],
     shifted: Sequence[int],
     given: Sequence[str] = (),
 ) -> str:
     """The text of the module with all kernels.
 
-    ``gated``: for each selection, the selections whose gates its gathered keys have; ``shifted``: those of all whose
-    gates fall with tau; ``given``: numbers that may be others at each call, for none of which a kernel is built.
+    ``all_gated``: the selections whose gates are computed; ``gated``: for each selection, those of them that its
+    gathered keys have; ``shifted``: those of all whose gates fall with tau; ``given``: numbers that may be others at
+    each call, for none of which a kernel is built.
     """
     # Triton would build a kernel for 1, one for multiples of 16, and one for the rest.
     jit = f"@triton.jit(do_not_specialize={list(given)})" if given else "@triton.jit"
     every = range(selections)
-    all_gated = sorted({m for own in gated.values() for m in own})
     pattern = ["scale", "length", "heads", "group", "n_chunks"]
     for n in every:
         pattern += [f"p_birth_{n}", f"p_death_{n}", f"p_slots_{n}", f"p_records_{n}", f"p_next_{n}"]

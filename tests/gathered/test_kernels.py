@@ -99,6 +99,9 @@ def arithmetic() -> dict[str, Any]:
         "tanh of a score": HYBRID.score(P["softcap"](1.5)),
         "tanh of small numbers": HYBRID.score(P["softcap"](20.0)),
         "numbers of each head": P["sliding_window"](per_head([5, 50, 5, 50])) | P["sparsek"](7),
+        "a gate that near tiles alone mention": per_head(
+            [per_head([per_head([P["full"](), topk(7, gate="ste")]), topk(9, scores="u", gate="logit")]), WINDOW]
+        ),
         "boolean tensor": (HYBRID | P["sinks"](3)) & KEEP[b, kv],
         "nothing near": topk(9, gate="v") & (kv % 3 > 0),
         "a selection that others hide": CAUSAL & (P["sparsek"](30) | WINDOW | P["sparsek"](9, scores="u")),
