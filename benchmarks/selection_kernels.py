@@ -5,13 +5,15 @@
 Times are of the GPU under graph replay, medians: ``forward_ms`` covers thresholds, lifetimes, slots and the slot table
 for chunks of 128 queries; ``backward_ms`` the gradient of the thresholds. Beside them: torch.sort of the scores, and
 torch.topk of every 128th prefix in turn, which is what a chunked top-k without lifetimes takes. ``peak_bytes`` is what
-the forward needs beyond scores and results, for each score.
+the forward needs beyond scores and results, for each score; ``kernels_us`` with ``--kernels`` what each kernel takes in
+eager calls. ``pruning`` says whether FLEXSPARSE_PRUNING was set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from gpu_check import environment
 
+from flexsparse.codegen.kernels.pruning import PRUNING
 from flexsparse.ops import causal_select
 
 SHAPES = ((16, 4096), (16, 65536), (512, 16384), (8, 1 << 20))
@@ -49,6 +52,21 @@ def replayed(call: Callable[[], Any], repeats: int = 20) -> float:
     return sorted(times)[repeats // 2]
 
 
+def kernels_of(call: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
+    """Microseconds that one call spends in each kernel, in the order in which they come."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    found: dict[str, float] = {}
+    for event in events:
+        found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us() / repeats
+    return found
+
+
 def scores(regime: str, rows: int, size: int) -> torch.Tensor:
     generator = torch.Generator(device="cuda").manual_seed(0)
     noise = torch.randn(rows, size, device="cuda", generator=generator)
@@ -57,7 +75,7 @@ def scores(regime: str, rows: int, size: int) -> torch.Tensor:
     return 1 + 1e-3 * noise if regime == "nearly equal" else noise
 
 
-def measure(regime: str, rows: int, size: int, k: int, peers: bool) -> dict[str, Any]:
+def measure(regime: str, rows: int, size: int, k: int, peers: bool, kernels: bool) -> dict[str, Any]:
     u = scores(regime, rows, size)
 
     def forward() -> Any:
@@ -78,6 +96,8 @@ def measure(regime: str, rows: int, size: int, k: int, peers: bool) -> dict[str,
     backward = torch.ops.flexsparse.causal_selection_backward
     row["backward_ms"] = replayed(lambda: backward(grad, u, found[1], found[2], 0, None))
     row["sort_ms"] = replayed(lambda: torch.sort(u, dim=1))
+    if kernels:
+        row["kernels_us"] = kernels_of(forward)
     if peers:
         ends = range(CHUNK, size + 1, CHUNK)
         row["topk_of_every_chunk_ms"] = replayed(lambda: [torch.topk(u[:, :n], min(k, n)) for n in ends], 3)
@@ -89,13 +109,16 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--k", type=int, default=512)
+    parser.add_argument("--kernels", action="store_true", help="microseconds of each kernel, too")
     arguments = parser.parse_args()
     rows = []
     for regime in ("normal", "slope", "nearly equal"):
         for count, size in SHAPES:
-            rows.append(measure(regime, count, size, arguments.k, regime == "normal" and size <= 65536 and count < 100))
+            peers = regime == "normal" and size <= 65536 and count < 100
+            rows.append(measure(regime, count, size, arguments.k, peers, arguments.kernels))
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    result = {"environment": environment(arguments.commit), "chunk": CHUNK, "rows": rows}
+    pruning = os.environ.get(PRUNING) == "1"
+    result = {"environment": environment(arguments.commit), "chunk": CHUNK, "pruning": pruning, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
