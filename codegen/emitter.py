@@ -205,7 +205,8 @@ class Emitter:
         if op == "where":
             return f"({shown[1]} if {shown[0]} else {shown[2]})", 10
         if op == "truncdiv":
-            return f"int({shown[0]} / {shown[1]})", 10
+            dividend, divisor = (self._wrapped(a, Kind.INT, 10) for a in args)
+            return f"int({dividend} / {divisor})", 10
         if op == "truncmod":
             return f"int(math.fmod({shown[0]}, {shown[1]}))", 10
         if not operation.symbol:

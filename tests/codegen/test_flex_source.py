@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 import flexsparse as fs
@@ -20,6 +21,7 @@ from flexsparse.language import b, captured, floor, h, kv, minimum, q, topk, tru
 from flexsparse.patterns import catalogue
 from flexsparse.pipeline import compile_pattern
 from tests.helpers import bound_and_functions, generated_mask, make_captured, plain_shapes, tensors_of
+from tests.language.strategies import SIZES
 
 P: Any = catalogue()
 doc: Any = captured("doc", dims=("b", "s"))
@@ -108,6 +110,14 @@ def test_integers_floor_or_truncate_as_written(expression: Any, meaning: Any) ->
         mask = generated_mask(functions_of(expression == target, size, heads=1), plain_shapes(size))
         wanted = [[meaning(i - j) == target for j in range(size)] for i in range(size)]
         assert mask[0, 0].tolist() == wanted
+
+
+@settings(max_examples=300)
+@given(SIZES)
+def test_functions_of_sizes_are_what_they_say(number: Any) -> None:
+    mask = number % 5 == kv
+    found = generated_mask(functions_of(mask, 9, heads=2), plain_shapes(9, heads=2, kv_heads=2))
+    assert torch.equal(found, fs.dense_mask(mask, 9, heads=2).expand_as(found))
 
 
 def test_reals_in_float64_keep_their_precision() -> None:

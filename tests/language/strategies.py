@@ -45,6 +45,7 @@ def _larger_index(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 INDEX_LEAVES = st.sampled_from([q, kv, q - kv, q, kv, q - kv, b, h, fl.kv_len, fl.q_len, fl.heads])
 INDICES = st.recursive(INDEX_LEAVES, _larger_index, max_leaves=4)
+SIZES = st.recursive(st.sampled_from([fl.kv_len, fl.q_len, fl.heads]), _larger_index, max_leaves=5)
 LOADS = st.sampled_from([DOC[b, kv] - DOC[b, q], DOC[b, kv], DOC[b, q]])
 NUMBERS = INDICES | LOADS
 
