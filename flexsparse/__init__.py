@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from flexsparse.analysis.proofs import depends_on, equivalent, implies, is_causal, simplify
     from flexsparse.block_masks import block_mask
     from flexsparse.checks import check
-    from flexsparse.compiler import BoundAttention, CompiledAttention, compile
+    from flexsparse.compiler import CompiledAttention, compile
     from flexsparse.dense import dense_mask, reference
     from flexsparse.errors import BackendNotice, FlexsparseError
+    from flexsparse.inspection import BoundAttention
     from flexsparse.language import block_topk, captured, pattern, per_head, scalar, topk
     from flexsparse.parser import parse
     from flexsparse.trace import from_flex
@@ -29,7 +30,7 @@ _HOME = {
     "is_causal": "analysis.proofs",
     "simplify": "analysis.proofs",
     "BackendNotice": "errors",
-    "BoundAttention": "compiler",
+    "BoundAttention": "inspection",
     "CompiledAttention": "compiler",
     "FlexsparseError": "errors",
     "block_mask": "block_masks",

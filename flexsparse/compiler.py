@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -14,25 +14,19 @@ from torch import Tensor
 
 from flexsparse.backends import BY_FLEX
 from flexsparse.dense import reference
-from flexsparse.errors import BackendError, BackendNotice, ExpressionError, NotBoundError, SettingError
+from flexsparse.errors import BackendError, BackendNotice, ExpressionError, SettingError
 from flexsparse.execution import Runner, launchers_of
-from flexsparse.explanation import Explanation
-from flexsparse.explorer.marks import MarkedText
-from flexsparse.explorer.resources import Resources
 from flexsparse.expression import Expression, Pattern
-from flexsparse.hardware import Hardware, find
-from flexsparse.ir.program import Program
-from flexsparse.ir.scalars import scalars_of, without_defaults
+from flexsparse.inspection import BoundAttention, InspectedPattern
+from flexsparse.ir.scalars import scalars_of
 from flexsparse.parser import parse
-from flexsparse.pipeline import bind_call, bind_shapes, compile_pattern
+from flexsparse.pipeline import bind_call, compile_pattern
 from flexsparse.plan import Plan
-from flexsparse.roofline import Roofline
 from flexsparse.row_lengths import LENGTHS, Padding, check_lengths, names_lengths, padding_of, within_lengths
 from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, completed_by, shapes_of, tensors_of
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
-from flexsparse.stages import Stages
 from flexsparse.traced import attend_traced, attention_within, key_of, outside_graphs, remember
 
 
@@ -71,62 +65,17 @@ def compile(
     return CompiledAttention(expression, settings)
 
 
-@dataclass(frozen=True)
-class BoundAttention:
-    """A compiled pattern with shapes: the plan, without tensors."""
-
-    attention: CompiledAttention
-    plan: Plan
-    program: Program
-
-    def explain(self, hardware: Hardware | str | None = None) -> Explanation:
-        """The plan with its candidates and reasons, and its cost on ``hardware``; ``str()`` gives the text."""
-        device = find(hardware) if isinstance(hardware, str) else hardware
-        return Explanation(str(self.attention.pattern), self.program, self.plan, device)
-
-
-class CompiledAttention:
+class CompiledAttention(InspectedPattern):
     """Attention under a pattern. Call it like ``scaled_dot_product_attention``, with captured tensors by keyword."""
 
     def __init__(self, expression: Expression, settings: Settings) -> None:
-        self._compiled = compile_pattern(expression.node)
-        self._expression = expression
-        self._settings = settings
+        super().__init__(expression, settings)
         self._scalars = scalars_of(expression.node)
         self._own_lengths = names_lengths(expression.node)
-        # What is built is built for every number.
-        self._node = without_defaults(expression.node)
         self.runner = Runner(self._node, self._compiled.program.printed, settings)
         # The name of this attention in graphs of torch.compile.
         self.key = key_of(expression, settings)
         remember(self.key, self)
-        self._bound: BoundAttention | None = None
-
-    @property
-    def pattern(self) -> Pattern:
-        """The expression that was compiled."""
-        assert isinstance(self._expression, Pattern)
-        return self._expression
-
-    @property
-    def settings(self) -> Settings:
-        """The options that it was compiled with."""
-        return self._settings
-
-    @property
-    def ir(self) -> Program:
-        """The verified program, where the pattern has scalars at their defaults; ``str()`` of it is its text."""
-        return self._compiled.program
-
-    @property
-    def source(self) -> str:
-        """The generated module with ``mask_mod`` and ``score_mod``."""
-        return self._compiled.generated.source
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the last call or ``bind``. Raises NotBoundError before the first."""
-        return self._last().plan
 
     @property
     def builds(self) -> int:
@@ -313,42 +262,6 @@ class CompiledAttention:
         """The same with other defaults of its scalars; what was built serves both. Raises as ``Pattern.with_values``"""
         return CompiledAttention(self.pattern.with_values(**numbers), self._settings)
 
-    def bind(
-        self,
-        *,
-        q_len: int,
-        head_dim: int,
-        batch: int = 1,
-        heads: int = 1,
-        kv_heads: int | None = None,
-        kv_len: int | None = None,
-        value_dim: int | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
-        q_offset: int = 0,
-        needs_grad: bool = False,
-    ) -> BoundAttention:
-        """The plan for shapes, dtype and device; no tensor is made and no device is touched.
-
-        Raises BackendError or DeviceError where the chosen backend cannot run such a call.
-        """
-        shapes = Shapes(
-            batch,
-            heads,
-            heads if kv_heads is None else kv_heads,
-            q_len,
-            q_len if kv_len is None else kv_len,
-            head_dim,
-            head_dim if value_dim is None else value_dim,
-            dtype,
-            torch.device(device),
-            q_offset,
-            needs_grad,
-        )
-        plan = bind_shapes(self._compiled, shapes, self._settings)
-        self._bound = BoundAttention(self, plan, self._compiled.program)
-        return self._bound
-
     def warmup(
         self,
         lengths: Sequence[int],
@@ -384,65 +297,6 @@ class CompiledAttention:
             if needs_grad:
                 torch.autograd.grad(out.sum(), (query, key, value))
         return self.builds - before
-
-    def explain(self, hardware: Hardware | str | None = None, **shapes: Any) -> Explanation:
-        """What runs and why, for the last call, or for shapes as ``bind`` takes them.
-
-        ``hardware`` adds the predicted cost of FlexAttention's kernels on a device by name ("H100", "A100", ...) or
-        as described. Raises SettingError for an unknown name.
-        """
-        return (self.bind(**shapes) if shapes else self._last()).explain(hardware)
-
-    def code(self, stage: str, target: str = "sm_90") -> str:
-        """The text of one stage, from "expr", "ir" and "canonical" over "source", "mask_mod", "score_mod" to kernels.
-
-        "canonical" is the IR in the one form that equal masks share; "rows" the module of backend="gather_flex", whose
-        functions take rows in place of keys; "kernels" the Triton module of backend="gather" for any shapes. "plan" and
-        "tiles", which lists what a plan computes, want shapes, by a call or ``bind``.
-
-        So do the stages of the attention kernels that a GPU would run: for ``target`` ("sm_80", "sm_90", "sm_100" or
-        "gfx942"), which need not be there. "graph" is the call of FlexAttention as Dynamo
-        captures it on a CPU; "triton" and "triton-backward" are the kernels' source, ours or Inductor's, with what
-        they are launched with; "ttir", "ttgir", "llvm", "ptx", "sass" and "amdgcn" (for gfx942) the texts of Triton's
-        compiler, and "resources" tables of registers, spills, shared memory, occupancy, instructions and loads. Where
-        the shapes want gradients, the last seven have the backward kernels as well. "cpp" is the C++ of FlexAttention
-        for inference on this CPU.
-        In Triton source, lines that come from the pattern have a comment that says from which part of it.
-        Raises SettingError, NotBoundError, and BackendError where there are no such kernels or a compiler refuses.
-        """
-        return str(self.marked_code(stage, target))
-
-    def marked_code(self, stage: str, target: str = "sm_90") -> MarkedText:
-        """The text of ``code`` line by line, with what each line of a Triton kernel has from the pattern."""
-        return self._stages.text(stage, target)
-
-    def resources(self, target: str = "sm_90") -> list[Resources]:
-        """What each attention kernel that would run on ``target`` takes of it, for the last call or ``bind``.
-
-        Triton's compiler tells; no GPU is needed. Raises as ``code`` does.
-        """
-        return self._stages.resources(target)
-
-    def roofline(self, target: str = "sm_90") -> Roofline | None:
-        """Operations, bytes and times of the forward pass of the last call or ``bind`` on a GPU of that architecture.
-
-        None where the operations depend on tensors of the call. Raises SettingError, NotBoundError or BackendError.
-        """
-        return self._stages.roofline(target)
-
-    @property
-    def _stages(self) -> Stages:
-        return Stages(self._expression, self._node, self._compiled, self._settings, self._last)
-
-    def _last(self, wanted: str = "plan") -> BoundAttention:
-        if self._bound is None:
-            raise NotBoundError(
-                wanted,
-                got="a compiled pattern that has met no shapes",
-                expected="a call, or bind(q_len=..., head_dim=..., ...)",
-                mend="Call it once, or give shapes first: bind(q_len=4096, head_dim=64, heads=8).",
-            )
-        return self._bound
 
     def _announce(self, plan: Plan) -> None:
         if self._settings.backend == "auto" and plan.backend == "chunked":

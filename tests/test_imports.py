@@ -34,7 +34,7 @@ LEVELS = (
     ("explanation",),
     ("pipeline",),
     (
-        *("compiler", "stages", "execution", "traced", "explorer", "example_inputs", "block_masks"),
+        *("compiler", "inspection", "stages", "execution", "traced", "explorer", "example_inputs", "block_masks"),
         *("tolerance", "measurement", "tuning", "doctor", "timing", "peers", "locating", "checks"),
     ),
     ("nn", "pictures"),

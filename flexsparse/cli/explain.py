@@ -11,9 +11,9 @@ from flexsparse.cli import options as shared
 from flexsparse.errors import SettingError
 
 if TYPE_CHECKING:
-    from flexsparse.compiler import BoundAttention
     from flexsparse.explanation import Explanation
     from flexsparse.hardware import Hardware
+    from flexsparse.inspection import BoundAttention
     from flexsparse.plan import Plan, TileCounts
 
 # Beyond this length, tiles that depend on scores are left to the call: classifying them here would take long.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL
-from flexsparse.compiler import CompiledAttention
 from flexsparse.errors import SettingError
 from flexsparse.example_inputs import example_operands
+from flexsparse.inspection import InspectedPattern
 from flexsparse.ir.nodes import Node
 from flexsparse.numbered import at_defaults
 from flexsparse.pipeline import Bound, Compiled, bind_call, compile_pattern
@@ -157,7 +157,7 @@ class Drawable:
 
 
 def drawable(
-    attention: CompiledAttention, shapes: Shapes, captured: Mapping[str, Tensor], block: int = 128, seed: int = 0
+    attention: InspectedPattern, shapes: Shapes, captured: Mapping[str, Tensor], block: int = 128, seed: int = 0
 ) -> Drawable:
     """Bind a pattern for looking at it, on the device of ``shapes``. Raises what a call with these tensors would.
 
