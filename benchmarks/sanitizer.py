@@ -24,6 +24,7 @@ from gpu_check import environment
 
 import flexsparse as fs
 from flexsparse import ops
+from flexsparse.codegen.kernels.pruning import PRUNING
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 PATTERNS = ("sliding_window(40) | sparsek(24, after=40)", "causal() & (sinks(2) | topk(9, after=3, gate='v'))")
@@ -45,7 +46,9 @@ def _run_all() -> None:
     for rows, size in SCORES:
         u = torch.randn(rows, size, device="cuda", requires_grad=True)
         documents = torch.arange(size, device="cuda").div(size // 3, rounding_mode="floor").expand(rows, size)
-        for segments in (None, documents):
+        # With segments no key is left out.
+        for segments, pruning in ((None, "0"), (None, "1"), (documents, "0")):
+            os.environ[PRUNING] = pruning
             thresholds, selection = ops.causal_select(u, 33, 7, segments)
             torch.autograd.grad(thresholds.tau.nan_to_num(neginf=0.0).sum(), u)
             ops.slot_table(selection, 33, 64)
