@@ -6,14 +6,18 @@ Those of torch.compile are in ``_dynamo``: they take a second to import, which a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import flex_attention as _module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexsparse.errors import GradientError
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -91,6 +95,47 @@ def autograd_inside() -> Iterator[None]:
     """Gradients, and torch.func, inside a custom operator, where they are switched off."""
     with torch._C._ForceDispatchKeyGuard(*_OUTSIDE), torch.enable_grad():
         yield
+
+
+def first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``backward`` that autograd cannot differentiate, and that says so where it is asked to.
+
+    torch's ``once_differentiable`` says so to ``backward()`` alone: ``torch.autograd.grad`` would leave out what is
+    missing, as its results do not hang together with the inputs.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        inputs = [x for x in (*gradients, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+        return _Second.apply(len(found), *found, *inputs)
+
+    return checked
+
+
+class _Second(torch.autograd.Function):
+    """The first ``count`` tensors as they are, with a gradient that is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> tuple[Any, ...]:
+        return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
+        raise GradientError(
+            "attention",
+            got="a second derivative",
+            expected="first derivatives only",
+            mend="Use create_graph=False, or flexsparse.reference, which autograd differentiates.",
+        )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a derivative in forward mode goes with the tensor."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class SeesOperations(TorchDispatchMode):

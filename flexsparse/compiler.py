@@ -60,6 +60,8 @@ def compile(
     expression = parse(pattern) if isinstance(pattern, str) else pattern
     if not isinstance(expression, Expression):
         raise ExpressionError("pattern", got=type(pattern).__name__, expected="a pattern or its text")
+    if not isinstance(kernel_options, Mapping | None):
+        raise SettingError("kernel_options", got=repr(kernel_options), expected="a dictionary of options, or None")
     options = tuple(sorted((kernel_options or {}).items()))
     settings = Settings(backend, fallback, deterministic, block_size, options, dynamic, recompile_budget)
     return CompiledAttention(expression, settings)
@@ -83,6 +85,14 @@ class CompiledAttention(InspectedPattern):
         variants = list(itertools.product((False, True), BY_FLEX))
         nodes = [self._node, *([self.within_lengths._node] if "within_lengths" in self.__dict__ else [])]
         return sum(launchers_of(n, self._settings, *v).builds for v in variants for n in nodes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was compiled from; generated functions are made again."""
+        return CompiledAttention, (self._expression, self._settings)
+
+    def with_k(self, k: int, scores: str | None = None) -> CompiledAttention:
+        """The same under another budget; what was built serves both. Arguments and errors as in ``Pattern.with_k``."""
+        return CompiledAttention(self.pattern.with_k(k, scores), self._settings)
 
     def __repr__(self) -> str:
         return f"flexsparse.compile({str(self._expression)!r}, backend={self._settings.backend!r})"

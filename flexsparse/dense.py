@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.dense_selections import block_scores, capped_gates, finite_scores, sorted_gates, walk
-from flexsparse.errors import CapturedError
+from flexsparse.errors import CapturedError, nearest
 from flexsparse.expression import Pattern
 from flexsparse.ir import nodes
 from flexsparse.ir.nodes import (
@@ -128,9 +128,10 @@ def reference(
     keyword, and ``lengths``, as for the compiled pattern. Returns out [B, H, S_q, D_v], and lse [B, H, S_q] in float32
     (float64 for float64) if asked for. Differentiable, to any order, in every floating-point input. A row that sees no
     key gives out 0 and lse -inf, or the logit of the sink. Needs O(B H S_q S_kv) memory, times 2 S_kv / D for a
-    selection.
+    selection. Raises CapturedError for a tensor that is missing and for a name that the pattern does not take.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
+    _refuse_unknown(expression.node, captured, (LENGTHS,))
     if captured.get(LENGTHS) is not None and not names_lengths(expression.node):
         return _within(expression, (query, key, value), captured, (scale, return_lse, q_offset))
     groups = query.shape[1] // key.shape[1]
@@ -191,13 +192,32 @@ def dense_mask(
     """Which keys each query sees, as booleans [B, H, S_q, S_kv].
 
     A selection that depends on ``query`` [B, H, S_q, D] and ``key`` [B, H_kv, S_kv, D] needs both; other patterns
-    ignore them. Raises CapturedError for a tensor that is missing, these two included.
+    ignore them. Raises CapturedError for a tensor that is missing, these two included, and for a name that the pattern
+    does not take.
     """
     expression = parse(pattern) if isinstance(pattern, str) else pattern
+    _refuse_unknown(expression.node, captured)
     kv_len = q_len if kv_len is None else kv_len
     sizes = _Sizes(batch, heads, q_len, kv_len, q_offset, torch.device(device))
     operands = None if query is None or key is None else (query, key)
     return _Evaluator(sizes, captured, operands).pattern(expression.node).mask.expand(batch, heads, q_len, kv_len)
+
+
+def _refuse_unknown(pattern: Node, captured: Mapping[str, Any], besides: tuple[str, ...] = ()) -> None:
+    known = set(besides)
+    for node in nodes.walk(pattern):
+        match node:
+            case Load():
+                known.add(node.tensor.name)
+            case SelectionNode():
+                known |= {node.scores} if node.segments is None else {node.scores, node.segments}
+            case Scalar():
+                known.add(node.name)
+    for name, value in captured.items():
+        if value is not None and name not in known:
+            expected = f"only {', '.join(sorted(known))}" if known else "none, as the pattern takes none"
+            mend = nearest(name, known - set(captured))
+            raise CapturedError(name, got="a name that the pattern does not use", expected=expected, mend=mend)
 
 
 class _Evaluator:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexsparse.errors import NotBoundError
+from flexsparse.errors import NotBoundError, ShapeError
 from flexsparse.explanation import Explanation
 from flexsparse.explorer.marks import MarkedText
 from flexsparse.explorer.resources import Resources
@@ -91,12 +91,20 @@ class InspectedPattern:
     ) -> BoundAttention:
         """The plan for shapes, dtype and device; no tensor is made and no device is touched.
 
-        Raises BackendError or DeviceError where the chosen backend cannot run such a call.
+        Raises BackendError or DeviceError where the chosen backend cannot run such a call, ShapeError for sizes that no
+        call has.
         """
+        kv_heads = heads if kv_heads is None else kv_heads
+        sizes = {"q_len": q_len, "head_dim": head_dim, "batch": batch, "heads": heads, "kv_heads": kv_heads}
+        for name, size in (sizes | {"kv_len": kv_len or q_len, "value_dim": value_dim or head_dim}).items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ShapeError(name, got=repr(size), expected="an integer of at least 1")
+        if heads % kv_heads:
+            raise ShapeError("kv_heads", got=f"{kv_heads} for {heads} query heads", expected="a divisor of heads")
         shapes = Shapes(
             batch,
             heads,
-            heads if kv_heads is None else kv_heads,
+            kv_heads,
             q_len,
             q_len if kv_len is None else kv_len,
             head_dim,

@@ -40,12 +40,14 @@ def check_lengths(lengths: object, batch: int, kv_len: int, device: torch.device
 
     Raises ShapeError, DtypeError or DeviceError, and under ``validate`` ShapeError for values outside [0, kv_len].
     """
+    if isinstance(lengths, Tensor) and lengths.dtype is torch.bool:
+        mend = "A mask of what is real is counted with mask.sum(-1)."
+        raise DtypeError(LENGTHS, got="torch.bool", expected="integers", mend=mend)
     if not isinstance(lengths, Tensor) or tuple(lengths.shape) != (batch,):
         got = f"shape {tuple(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
         raise ShapeError(LENGTHS, got=got, expected=f"a tensor [{batch}], how many positions each row has")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
-        mend = "A mask of what is real is counted with mask.sum(-1)." if lengths.dtype is torch.bool else ""
-        raise DtypeError(LENGTHS, got=str(lengths.dtype), expected="integers", mend=mend)
+    if lengths.is_floating_point() or lengths.is_complex():
+        raise DtypeError(LENGTHS, got=str(lengths.dtype), expected="integers")
     if lengths.device not in (device, torch.device("cpu")):
         expected = f"query's device, {device}, or cpu"
         raise DeviceError(LENGTHS, got=str(lengths.device), expected=expected, mend="Move it with .to(...).")

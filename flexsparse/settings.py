@@ -45,6 +45,8 @@ class Settings:
             raise SettingError("fallback", got=repr(self.fallback), expected="None or 'reference'")
         if self.deterministic not in (None, True, False):
             raise SettingError("deterministic", got=repr(self.deterministic), expected="None, True or False")
+        if not isinstance(self.dynamic, bool):
+            raise SettingError("dynamic", got=repr(self.dynamic), expected="True or False")
         budget = self.recompile_budget
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise SettingError("recompile_budget", got=repr(budget), expected="an integer of at least 1")

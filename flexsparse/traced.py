@@ -88,9 +88,10 @@ def attend_traced(
     The numbers of a call are constants of the graph.
     """
     key = attention.key
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        scale = _constant(scale)
     if numbers:
-        # These are calls by which Dynamo takes a number as it is; it would make a symbol of the second one it meets.
-        constants = [operator.index(n) if isinstance(n, int) else n.__float__() for _, n in numbers]
+        constants = [_constant(n) for _, n in numbers]
         key = _key_at(key, ",".join([name for name, _ in numbers]), *constants)
     shapes = shapes_of(*operands, q_offset)
     # What a choice is made by is constant in a graph; lengths are not, and count as far as they are equal.
@@ -98,7 +99,9 @@ def attend_traced(
     fixed = (shapes.heads, shapes.kv_heads, *lengths, shapes.head_dim, shapes.value_dim)
     inputs = [*operands, *(x for x in given.values() if x is not None)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    backend = _backend(key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, q_offset, needs_grad)
+    # Of a position that changes from call to call the graph knows only whether it is 0.
+    offset = 1 if q_offset != 0 else 0
+    backend = _backend(key, *(operator.index(n) for n in fixed), shapes.dtype, shapes.device, offset, needs_grad)
     if not backend:
         return None
     program = attention.ir if not numbers else _attention_of(key).ir
@@ -117,6 +120,11 @@ def attend_traced(
         validate,
     )
     return out, lse
+
+
+def _constant(number: float) -> float:
+    """By these calls Dynamo takes a number as it is; it would make a symbol of the second one it meets."""
+    return operator.index(number) if isinstance(number, int) else number.__float__()
 
 
 def attention_within(attention: CompiledAttention) -> CompiledAttention:
@@ -230,7 +238,9 @@ def _attend(
         level, share = kept[2:]
     if kept and attention.ir.has_sink:
         plain_out, plain_lse = kept[:2]
-    return out.contiguous(), lse, level, share, plain_out, plain_lse
+    # Fake tensors are contiguous; an output that follows its query's strides is not.
+    made = (out, lse, level, share, plain_out, plain_lse)
+    return tuple(x.contiguous() for x in made)  # type: ignore[return-value]
 
 
 @_attend.register_fake
@@ -289,8 +299,12 @@ def _attend_backward(
         ends, flows = zip(*pairs, strict=True)
         asked = [x for x, w in zip(leaves, wanted, strict=True) if w]
         gradients = torch.autograd.grad(ends, asked, flows, allow_unused=True)
-    # An operator may return no tensor twice, and none of its inputs.
-    return [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(asked, gradients, strict=True)]
+    # An operator may return no tensor twice, and none of its inputs; contiguous, as its fake tensors are.
+    solid = torch.contiguous_format
+    return [
+        torch.zeros_like(x, memory_format=solid) if g is None else g.clone(memory_format=solid)
+        for x, g in zip(asked, gradients, strict=True)
+    ]
 
 
 @_attend_backward.register_fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import flexsparse as fs
 from flexsparse import compiler
-from flexsparse.errors import BackendError, BackendNotice, DeviceError, NotBoundError, SettingError
+from flexsparse.errors import BackendError, BackendNotice, DeviceError, NotBoundError, SettingError, ShapeError
 from flexsparse.ir.program import Program
 from flexsparse.patterns import catalogue
 from tests.helpers import assert_same_result, make_inputs, oracle, run
@@ -66,6 +67,8 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"fallback": "dense"}, "fallback: got 'dense', expected None or 'reference'."),
     ({"deterministic": "yes"}, "deterministic: got 'yes', expected None, True or False."),
+    ({"dynamic": 3}, "dynamic: got 3, expected True or False."),
+    ({"kernel_options": [1]}, "kernel_options: got [1], expected a dictionary of options, or None."),
     ({"block_size": 100}, "block_size: got 100, expected a multiple of 16, such as 128."),
     ({"block_size": 0}, "block_size: got 0, expected a multiple of 16, such as 128."),
     ({"block_size": 64.0}, "block_size: got 64.0, expected a multiple of 16, such as 128."),
@@ -249,3 +252,31 @@ def test_compiled_flex_on_cpu_is_the_oracle(text: str, heads: tuple[int, ...]) -
         exact: Any = fs.reference(text, query.double(), key.double(), value.double(), **inputs.captured)
         # float32 softmax over at most 200 keys: 64 roundings of the largest cover the products and the sum.
         assert float((out - exact).abs().max()) <= 64 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+
+
+def test_a_compiled_pattern_is_pickled_as_what_it_was_compiled_from() -> None:
+    attention = fs.compile("causal & sparsek(4)", backend="chunked", block_size=64)
+    again = pickle.loads(pickle.dumps(attention))
+    assert (again.pattern, again.settings) == (attention.pattern, attention.settings)
+    query, scores = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9)
+    assert torch.equal(again(query, query, query, scores=scores), attention(query, query, query, scores=scores))
+
+
+def test_another_budget_of_a_compiled_pattern() -> None:
+    attention = fs.compile("causal & sparsek(4)", backend="chunked", block_size=64).with_k(2)
+    assert str(attention.pattern) == "causal() & sparsek(2)"
+    assert attention.settings.block_size == 64
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"q_len": 0}, "q_len: got 0, expected an integer of at least 1."),
+        ({"batch": True}, "batch: got True, expected an integer of at least 1."),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads: got 3 for 4 query heads, expected a divisor of heads."),
+    ],
+)
+def test_a_plan_is_made_for_no_shapes_that_a_call_cannot_have(shapes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShapeError) as caught:
+        fs.compile("causal").bind(**{"q_len": 8, "head_dim": 4, **shapes})
+    assert str(caught.value) == message

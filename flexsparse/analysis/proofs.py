@@ -15,7 +15,7 @@ import torch
 from flexsparse.analysis.decide import Boxes, box_bounds
 from flexsparse.analysis.solver import Encoder, UnsupportedError
 from flexsparse.analysis.tiles import Sizes, region_of
-from flexsparse.errors import SettingError
+from flexsparse.errors import ExpressionError, SettingError
 from flexsparse.expression import Expression, Pattern, wrap
 from flexsparse.ir import nodes
 from flexsparse.ir.canonical import canonical
@@ -113,6 +113,8 @@ def _shown(mask: Node) -> str:
 
 def _program(pattern: Pattern | str) -> Program:
     expression = parse(pattern) if isinstance(pattern, str) else pattern
+    if not isinstance(expression, Expression):
+        raise ExpressionError("pattern", got=type(pattern).__name__, expected="a pattern or its text")
     # Numbers that a call gives are unknown here, whatever their defaults.
     return lower(without_defaults(expression.node))
 

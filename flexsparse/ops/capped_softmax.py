@@ -168,6 +168,8 @@ def _running(x: Tensor, block: Tensor, group: Tensor, longest: int) -> Tensor:
 def _capped_softmax(
     u: Tensor, k: int, after: int, segments: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # What is made of it has its strides, and is promised to be contiguous.
+    u = u.contiguous()
     return thresholds(u, k, ranges_of(u, after, segments))
 
 
@@ -181,6 +183,7 @@ def _shapes(u: Tensor, k: int, after: int, segments: Tensor | None) -> tuple[Ten
 def _capped_softmax_backward(
     grad: Tensor, u: Tensor, exact: Tensor, capped: Tensor, last: Tensor, k: int, after: int, segments: Tensor | None
 ) -> Tensor:
+    grad, u = grad.contiguous(), u.contiguous()
     return threshold_gradient(grad, u, exact, capped, last, k, ranges_of(u, after, segments))
 
 

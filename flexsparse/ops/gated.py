@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flexsparse._torch import is_plain
+from flexsparse._torch import first_derivatives, is_plain
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import causal_select, prepared_rows
 
@@ -79,7 +78,7 @@ class _GatedSelection(torch.autograd.Function):
         return (*gates, *lives, table)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, d_u: Tensor | None, d_tau: Tensor | None, *_: Any) -> tuple[Any, ...]:
         from flexsparse.ops import kernels
         from flexsparse.ops.causal import Thresholds

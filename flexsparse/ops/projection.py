@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse._torch import has_tangent
 from flexsparse.errors import DtypeError, GradientError, NonFiniteScoresError, PatternArgumentError, ShapeError
 from flexsparse.ops.range_search import Found
 
@@ -22,18 +23,24 @@ def sparsek(z: Tensor, k: int, dim: int = -1, *, validate: bool = True) -> Tenso
     the first k do. The gradient is ``(diag(s) - s s^T / |s|) g`` with s marking the gates strictly between 0 and
     1, and 0 where there are none.
     Computed on a grid of exact integers: CPU and GPU give the same bits in every run. A GPU does not sort, and works
-    under CUDA graphs with ``validate=False``. ``torch.compile(fullgraph=True)`` and ``torch.func.vmap`` take it;
+    under CUDA graphs and ``torch.func.vmap`` with ``validate=False``. ``torch.compile(fullgraph=True)`` takes it;
     autocast does not change it. Source of the operator: Lou, Jia, Zheng, Tu, arXiv 2406.16747.
     Raises DtypeError, PatternArgumentError for k < 1, ShapeError for an empty ``dim``, NonFiniteScoresError for
     NaN (one synchronisation on a GPU, switched off by ``validate=False``; then rows with NaN give NaN), and
     GradientError for a second derivative.
     """
     check_scores("z", z, k, validate)
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -z.dim() <= dim < z.dim():
+        raise ShapeError("dim", got=repr(dim), expected=f"an integer from {-z.dim()} to {z.dim() - 1}")
     if z.shape[dim] == 0:
         raise ShapeError("z", got=f"size 0 along dim {dim}", expected="at least one score")
     rows = z.movedim(dim, -1)
-    gates: Tensor = torch.ops.flexsparse.sparsek(rows.reshape(-1, rows.shape[-1]), k)[0]
+    gates: Tensor = torch.ops.flexsparse.sparsek(rows.reshape(-1, rows.shape[-1]), min(k, BEYOND))[0]
     return gates.reshape(rows.shape).movedim(-1, dim)
+
+
+# More than any row has. Operators take numbers of 64 bits.
+BEYOND = 1 << 40
 
 
 def check_scores(name: str, scores: Tensor, k: int, validate: bool) -> None:
@@ -44,8 +51,20 @@ def check_scores(name: str, scores: Tensor, k: int, validate: bool) -> None:
     if scores.dim() == 0:
         raise ShapeError(name, got="a scalar", expected="at least one dimension")
     check_integer("k", k, 1)
+    refuse_tangent(name, scores)
     if validate and not torch.compiler.is_compiling():
         refuse_nan(name, scores)
+
+
+def refuse_tangent(name: str, tensor: Tensor) -> None:
+    """Raise GradientError for a tensor with a forward-mode derivative, which an operator would drop."""
+    if not torch.compiler.is_compiling() and has_tangent(tensor):
+        raise GradientError(
+            name,
+            got="a tensor with a forward-mode derivative (torch.func.jvp, jacfwd, forward_ad)",
+            expected="derivatives of the backward pass only",
+            mend="Use torch.autograd.grad.",
+        )
 
 
 def check_integer(name: str, number: int, least: int) -> None:
@@ -176,10 +195,12 @@ def project_gradient(grad: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor
 @torch.library.custom_op("flexsparse::sparsek", mutates_args=())
 def _sparsek(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Gates and inside of rows [R, N], as in ``Projected``."""
+    # What is made of it has its strides, and is promised to be contiguous.
+    z = z.contiguous()
     if z.is_cuda:
         from flexsparse.ops import kernels
 
-        return kernels.project(z.contiguous(), k)
+        return kernels.project(z, k)
     return project(z, k)
 
 
@@ -190,10 +211,11 @@ def _sparsek_shapes(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("flexsparse::sparsek_backward", mutates_args=())
 def _sparsek_backward(grad: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    grad, inside = grad.contiguous(), inside.contiguous()
     if grad.is_cuda:
         from flexsparse.ops import kernels
 
-        return kernels.project_gradient(grad.contiguous(), inside.contiguous(), dtype)
+        return kernels.project_gradient(grad, inside, dtype)
     return project_gradient(grad, inside, dtype)
 
 

@@ -11,7 +11,7 @@ from flexsparse._torch import is_plain
 from flexsparse.errors import DtypeError, GradientError, SegmentError, ShapeError
 from flexsparse.ops import causal
 from flexsparse.ops.causal import CausalSelection
-from flexsparse.ops.projection import check_integer, check_scores, result_dtype
+from flexsparse.ops.projection import BEYOND, check_integer, check_scores, result_dtype
 
 
 class CausalThresholds(NamedTuple):
@@ -26,12 +26,14 @@ def causal_sparsek(
 ) -> CausalThresholds:
     """The SPARSEK threshold of every causal prefix, differentiable in u.
 
+    Its gradient goes in equal parts to the candidates whose gates are strictly between 0 and 1; 0 where there are none.
+
     u [..., S] float16, bfloat16, float32 or float64, by position. Query i's candidates are the keys j <= i - after,
     of i's segment where ``segments`` ([S], or broadcastable to u, non-decreasing integers) is given. tau is float32
     (float64 for float64); -inf where at most k candidates are above -inf, +inf where more than k are +inf.
     Computed on a grid of exact integers: two runs, and CPU and GPU, give the same bits. O(S log S) time and O(S)
     memory for any input; a GPU takes rows of up to 2^24 scores. Works under ``torch.compile(fullgraph=True)``, CUDA
-    graphs (``validate=False``) and ``torch.func.vmap``; autocast does not change it.
+    graphs and ``torch.func.vmap`` (``validate=False`` both); autocast does not change it.
     Raises DtypeError, ShapeError, PatternArgumentError, SegmentError, NonFiniteScoresError for NaN unless
     ``validate=False`` (then tau is NaN from that position of that row on), and GradientError for a second derivative.
     """
@@ -96,6 +98,10 @@ def slot_table(selection: CausalSelection, k: int, chunk: int) -> Tensor:
 
     ``selection`` is what ``causal_topk`` gave for this k; ``chunk`` is at least 1. Raises PatternArgumentError.
     """
+    if not isinstance(selection, CausalSelection):
+        raise DtypeError(
+            "selection", got=type(selection).__name__, expected="a CausalSelection, as causal_topk gives it"
+        )
     check_integer("k", k, 1)
     check_integer("chunk", chunk, 1)
     shape = selection.birth.shape
@@ -118,8 +124,9 @@ def prepared_rows(
 
 
 def _segment_rows(segments: Tensor, u: Tensor, validate: bool) -> Tensor:
-    if segments.is_floating_point() or segments.is_complex():
-        raise DtypeError("segments", got=str(segments.dtype), expected="integers")
+    if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.is_complex():
+        got = str(segments.dtype) if isinstance(segments, Tensor) else type(segments).__name__
+        raise DtypeError("segments", got=got, expected="a tensor of integers")
     try:
         rows = segments.expand(u.shape).reshape(-1, u.shape[-1])
     except RuntimeError:
@@ -148,9 +155,10 @@ def check_sorted(name: str, segments: Tensor) -> None:
 _Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _selected(u: Tensor, *arguments: Any) -> _Eight:
+def _selected(u: Tensor, k: int, after: int, *rest: Any) -> _Eight:
     """The operator of these arguments, with gradients."""
     found: _Eight
+    arguments = (min(k, BEYOND), min(after, BEYOND), *rest)
     if is_plain(u):
         found = _Selection.apply(u, *arguments)
     else:
@@ -166,11 +174,13 @@ def _select(
     What is not wanted is empty: the table where ``chunk`` is 0.
     """
     table: Tensor | None = None
+    # What is made of it has its strides, and is promised to be contiguous.
+    u = u.contiguous()
     if u.is_cuda:
         from flexsparse.ops import kernels
 
         found, lived, table, _ = kernels.select(
-            u.contiguous(), k, after, segments, thresholds=thresholds, lifetimes=lifetimes, chunk=chunk
+            u, k, after, segments, thresholds=thresholds, lifetimes=lifetimes, chunk=chunk
         )
     else:
         ranges = causal.ranges_of(u, after, segments)
@@ -202,10 +212,11 @@ def _selection_shapes(
 
 
 def _gradient(grad: Tensor, u: Tensor, floor: Tensor, ceil: Tensor, after: int, segments: Tensor | None) -> Tensor:
+    grad, u = grad.contiguous(), u.contiguous()
     if u.is_cuda:
         from flexsparse.ops import kernels
 
-        return kernels.threshold_gradient(grad, u.contiguous(), floor, ceil, after, segments)
+        return kernels.threshold_gradient(grad, u, floor, ceil, after, segments)
     return causal.threshold_gradient(grad, u, floor, ceil, causal.ranges_of(u, after, segments))
 
 

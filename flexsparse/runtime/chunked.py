@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flexsparse._torch import first_derivatives
 from flexsparse.analysis.tiles import EMPTY, Tiles
 from flexsparse.codegen.emitter import ARGUMENT
 from flexsparse.runtime.inputs import Shapes
@@ -220,7 +220,7 @@ class _Chunked(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         query, key, value, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]

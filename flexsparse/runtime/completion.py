@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flexsparse._torch import first_derivatives
 from flexsparse.runtime.chunked import Work, gradients
 from flexsparse.runtime.sink import with_sink
 
@@ -48,7 +48,7 @@ class _Recomputed(torch.autograd.Function):
         return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         query, key, value, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[7:]

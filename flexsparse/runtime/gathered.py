@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flexsparse._torch import first_derivatives
 from flexsparse.analysis.tiles import Tiles
 from flexsparse.codegen.block_mask import block_lists
 from flexsparse.codegen.gathered import GatheredSource
@@ -100,7 +100,7 @@ class _Gathered(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
         query, key, value, out, level, share, *gates = ctx.saved_tensors
         *found, d_gates = gradients(ctx.call, (query, key, value), gates, (out, level, share), d_out, d_lse)

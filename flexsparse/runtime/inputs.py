@@ -119,7 +119,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ShapeError("scale", got=repr(scale), expected="a finite number, or None for 1 / sqrt(head_dim)")
+        raise ShapeError("scale", got=repr(scale), expected="a finite int or float, or None for 1 / sqrt(head_dim)")
     return float(scale)
 
 
@@ -168,7 +168,8 @@ def check_captured(
     for name in present:
         if name not in needed:
             others = {scalar.name for scalar in program.printed.scalars}
-            hint = did_you_mean(name, (needed | others) - set(present)) or "The pattern takes no tensors."
+            hint = did_you_mean(name, (needed | others) - set(present))
+            hint = hint or ("The pattern takes no other." if needed else "The pattern takes no tensors.")
             raise CapturedError(name, got="a tensor that the pattern does not use", expected=_names(needed), mend=hint)
     for name in sorted(needed):
         if name not in present:

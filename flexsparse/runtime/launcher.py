@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import warnings
 from collections.abc import Callable
@@ -71,7 +72,7 @@ class Launcher:
         arguments = (*functions, self.settings.block_size, scale, shapes.heads != shapes.kv_heads, with_lse)
         if not self.compiled:
             try:
-                with _dynamo.eager():
+                with _dynamo.eager(), _without_autocast(shapes.device):
                     return self.run(operands, lists, *arguments, None)
             except _dynamo.FAILURES as error:
                 raise _cannot_build(shapes, self.backend, error) from error
@@ -82,7 +83,7 @@ class Launcher:
         told = _divides(shapes) | self._without_decoding(shapes)
         while True:
             try:
-                with _dynamo.recompile_limit(self.settings.recompile_budget):
+                with _dynamo.recompile_limit(self.settings.recompile_budget), _without_autocast(shapes.device):
                     return self.run(operands, lists, *arguments, {**told, **self.options[0]} or None)
             except _dynamo.RECOMPILE_LIMIT_HIT as error:
                 raise self._spent() from error
@@ -119,6 +120,13 @@ class Launcher:
             mend="Lengths alone need no build while dynamic=True; keep dtype, head counts and head_dim fixed, or "
             "raise recompile_budget.",
         )
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Operands keep their dtype, as on every other backend."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _fitting(block_size: int, option: dict[str, Any]) -> dict[str, Any]:

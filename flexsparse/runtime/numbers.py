@@ -29,7 +29,7 @@ def split_numbers(
                 name,
                 got=f"the number {value!r}",
                 expected=f"numbers by the names {', '.join(scalars)}" if scalars else "no numbers",
-                mend=did_you_mean(name, scalars) or f"Write scalar({name!r}, {value!r}) in the pattern.",
+                mend=did_you_mean(name, scalars) or f"Pass a tensor, or write scalar({name!r}, ...) in the pattern.",
             )
     numbers = {name: value for name, value in given.items() if name in scalars and value is not None}
     tensors = {name: value for name, value in given.items() if name not in scalars}

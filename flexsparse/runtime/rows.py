@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flexsparse._torch import first_derivatives
 from flexsparse.codegen.gathering.rows import Rows
 from flexsparse.ops.causal import CausalSelection
 from flexsparse.ops.selection import slot_table
@@ -91,7 +91,7 @@ class _Gather(torch.autograd.Function):
         return x.reshape(-1, size).index_select(0, at.flatten()).view(batch, heads, -1, size)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         rows, real = ctx.tables.rows, torch.float64 if grad.dtype is torch.float64 else torch.float32
         grad = grad.contiguous()

@@ -311,3 +311,40 @@ def test_data_parallel_training_of_one_process(graph: bool, tmp_path: pathlib.Pa
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
         torch.testing.assert_close(p.grad, plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_positions_and_scales_that_change_from_call_to_call() -> None:
+    """Of a position a graph knows whether it is 0; a scale is a constant of it."""
+    attention = fs.compile(HYBRID, backend="chunked")
+    query, key, value = torch.randn(3, 1, 2, 70, 8)
+    scores = torch.randn(1, 2, 70)
+    graphs: list[Any] = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def grown(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        return attention(query, key, value, scores=scores, q_offset=key.shape[2] - query.shape[2])
+
+    run = torch.compile(grown, fullgraph=True, backend=counted)
+    for size in range(60, 70):
+        operands = query[:, :, :3], key[:, :, :size], value[:, :, :size], scores[:, :, :size]
+        assert torch.equal(run(*operands), grown(*operands))
+    assert len(graphs) == 2
+    scaled = whole(attention)
+    for scale in (0.1, 0.2, 1):
+        wanted = attention(query, key, value, scores=scores, scale=scale)
+        assert torch.equal(scaled(query, key, value, scores=scores, scale=scale), wanted)
+
+
+def test_inductor_trains_a_layer_whose_operands_are_views() -> None:
+    layer = fs.nn.SparseKAttention(16, heads=2, kv_heads=1, k=4, window=4, backend="chunked")
+    x = torch.randn(2, 20, 16)
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        run(x).sin().sum().backward()
+        found.append([p.grad.clone() for p in layer.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

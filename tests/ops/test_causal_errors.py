@@ -27,7 +27,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         DtypeError,
         "u: got torch.int32, expected a tensor of float16, bfloat16, float32 or float64.",
     ),
-    ({"segments": torch.zeros(4)}, DtypeError, "segments: got torch.float32, expected integers."),
+    ({"segments": torch.zeros(4)}, DtypeError, "segments: got torch.float32, expected a tensor of integers."),
+    ({"segments": [0, 0, 1, 1]}, DtypeError, "segments: got list, expected a tensor of integers."),
     (
         {"segments": torch.zeros(5, dtype=torch.long)},
         ShapeError,

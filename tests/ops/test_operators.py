@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from flexsparse.errors import DtypeError, GradientError, PatternArgumentError, ShapeError
-from flexsparse.ops import causal_select, causal_sparsek, causal_topk, dense_gates, gates, slot_table
+from flexsparse.ops import (
+    causal_capped_softmax,
+    causal_select,
+    causal_sparsek,
+    causal_topk,
+    dense_gates,
+    gates,
+    slot_table,
+    sparsek,
+)
 from tests.ops.regimes import REGIMES, draw
 
 IDS = torch.tensor([0] * 9 + [1] * 1 + [2] * 30)
@@ -49,6 +59,91 @@ def test_compile_takes_the_whole_graph_with_gradients() -> None:
         found.append((value, *torch.autograd.grad(value, u)))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", ["sparsek", "causal_selection", "capped_softmax"])
+def test_what_a_graph_is_promised_of_an_operator_is_what_it_gives(name: str) -> None:
+    """Strides too, whatever those of its input are: Inductor computes with them."""
+    u = torch.randn(9, 4).t()
+    operator = getattr(torch.ops.flexsparse, name).default
+    rest: dict[str, Any] = {
+        "sparsek": (3,),
+        "causal_selection": (3, 1, None, True, True, 2),
+        "capped_softmax": (3, 1, None),
+    }
+    mode = FakeTensorMode()
+    with mode:
+        promised = operator(mode.from_tensor(u), *rest[name])
+    given = operator(u, *rest[name])
+    assert [(x.shape, x.stride(), x.dtype) for x in given] == [(x.shape, x.stride(), x.dtype) for x in promised]
+
+
+@pytest.mark.parametrize("operator", [sparsek, causal_sparsek, causal_capped_softmax])
+def test_derivatives_in_forward_mode_are_refused_not_dropped(operator: Any) -> None:
+    u = torch.randn(12)
+    with pytest.raises(GradientError, match="got a tensor with a forward-mode derivative"):
+        torch.func.jvp(lambda x: operator(x, 3), (u,), (u,))
+
+
+def test_a_gate_that_stays_0_has_no_gradient() -> None:
+    """With k = 1 tau is the best score that is not selected, as long as the best is more than 1 above it."""
+    u = torch.tensor([5.0, 0.0, 0.25], dtype=torch.float64, requires_grad=True)
+    query = torch.tensor([2, 2, 2])
+
+    def found(x: torch.Tensor) -> torch.Tensor:
+        return gates(x, causal_sparsek(x, 1).tau, query, torch.arange(3))
+
+    assert torch.equal(found(u), sparsek(u, 1))
+    for shown in (found(u), dense_gates(u, causal_sparsek(u, 1).tau)[2]):
+        (gradient,) = torch.autograd.grad(shown.sum(), u)
+        assert torch.equal(gradient, torch.zeros(3, dtype=torch.float64))
+    assert torch.autograd.gradcheck(found, (u,))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda u, at: sparsek(u, 1, dim=3), ShapeError, "dim: got 3, expected an integer from -1 to 0."),
+        (
+            lambda u, at: sparsek(u, 1, dim=cast(Any, None)),
+            ShapeError,
+            "dim: got None, expected an integer from -1 to 0.",
+        ),
+        (
+            lambda u, at: gates(u, cast(Any, causal_sparsek(u, 2)), at, at),
+            DtypeError,
+            "tau: got CausalThresholds, expected a tensor. Take its .tau.",
+        ),
+        (lambda u, at: gates(u.int(), u, at, at), DtypeError, "u: got torch.int32, expected a tensor of real numbers."),
+        (
+            lambda u, at: gates(u, u, cast(Any, [1]), at),
+            ShapeError,
+            "query_index: got list, expected a tensor of positions [..., N].",
+        ),
+        (lambda u, at: dense_gates(u.sum(), u.sum()), ShapeError, "u: got a scalar, expected [..., S]."),
+        (
+            lambda u, at: gates(u.expand(2, 6), u.expand(2, 6), at.expand(3, 2), at.expand(3, 2)),
+            ShapeError,
+            "key_index: got shape (3, 2) beside query_index (3, 2), expected [..., N] whose leading dimensions "
+            "broadcast with u's (2,).",
+        ),
+        (
+            lambda u, at: slot_table(cast(Any, u), 1, 1),
+            DtypeError,
+            "selection: got Tensor, expected a CausalSelection, as causal_topk gives it.",
+        ),
+    ],
+)
+def test_what_the_others_refuse(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call(torch.randn(6), torch.tensor([1, 2]))
+    assert str(caught.value) == message
+
+
+def test_budgets_beyond_64_bits_are_the_whole_row() -> None:
+    u = torch.randn(6)
+    assert torch.equal(sparsek(u, 10**30), torch.ones(6))
+    assert torch.equal(causal_sparsek(u, 10**30, 10**30).tau, causal_sparsek(u, 6, 6).tau)
 
 
 def test_vmap_is_a_batch_dimension() -> None:

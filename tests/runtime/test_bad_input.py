@@ -82,8 +82,12 @@ OPERANDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"q_offset": -1}, ShapeError, "q_offset: got -1, expected an integer of at least 0, the position of query 0."),
     ({"q_offset": 1.5}, ShapeError, "q_offset: got 1.5, expected an integer of at least 0, the position of query 0."),
-    ({"scale": math.nan}, ShapeError, "scale: got nan, expected a finite number, or None for 1 / sqrt(head_dim)."),
-    ({"scale": "1"}, ShapeError, "scale: got '1', expected a finite number, or None for 1 / sqrt(head_dim)."),
+    (
+        {"scale": math.nan},
+        ShapeError,
+        "scale: got nan, expected a finite int or float, or None for 1 / sqrt(head_dim).",
+    ),
+    ({"scale": "1"}, ShapeError, "scale: got '1', expected a finite int or float, or None for 1 / sqrt(head_dim)."),
     (
         {"doc": zeros(B, S, dtype=torch.long)},
         CapturedError,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flexsparse as fs
 from flexsparse.dense_selections import sorted_gates
+from flexsparse.errors import CapturedError
 from tests.helpers import Inputs, Result, assert_same_result, make_inputs, oracle, run
 from tests.runtime.naive import Key, gates_of, naive_attention
 from tests.twins import differentiable_gates, exact_gates, exact_prefix_taus, prefix_tau
@@ -265,3 +266,15 @@ def test_the_oracles_gates_are_those_of_exact_fractions(spread: float) -> None:
         wanted = torch.tensor([float(g) for g in exact_gates(z.tolist(), k)], dtype=torch.float64)
         assert float((gates - wanted).abs().max()) <= 1e-12 * spread
         assert float(tau) == pytest.approx(exact_prefix_taus(z.tolist(), k)[-1], abs=1e-12 * spread)
+
+
+def test_the_oracle_ignores_no_name() -> None:
+    query, key, value = torch.randn(3, 1, 2, 8, 4)
+    window = "sliding_window(scalar('window', 3))"
+    with pytest.raises(CapturedError, match=r"windw: got a name that the pattern does not use.*Did you mean 'window'"):
+        fs.reference(window, query, key, value, windw=2)
+    with pytest.raises(CapturedError, match="docs: got a name"):
+        fs.reference("causal", query, key, value, docs=torch.zeros(8))
+    with pytest.raises(CapturedError, match="lengths: got a name that the pattern does not use, expected none"):
+        fs.dense_mask("causal", 8, lengths=torch.tensor([3]))
+    assert fs.dense_mask(window, 8, window=2).sum() == 15

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import flexsparse as fs
+from flexsparse.errors import GradientError
 from tests.helpers import (
     Inputs,
     assert_close,
@@ -227,5 +228,10 @@ def test_second_derivative_is_refused() -> None:
     inputs = make_inputs(size=5)
     out = fs.compile("causal", backend="chunked")(inputs.query, inputs.key, inputs.value)
     (first,) = torch.autograd.grad((out**2).sum(), inputs.query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(GradientError, match="attention: got a second derivative, expected first derivatives only"):
         first.sum().backward()
+    # And where it is a part of what is asked for.
+    out = fs.compile("causal", backend="chunked")(inputs.query, inputs.key, inputs.value)
+    (first,) = torch.autograd.grad(out.sin().sum(), inputs.query, create_graph=True)
+    with pytest.raises(GradientError, match="second derivative"):
+        torch.autograd.grad(out.sum() + first.square().sum(), inputs.query)

@@ -101,3 +101,13 @@ def test_what_cannot_stand_in_one_graph_is_refused(backend: str) -> None:
 def test_a_pattern_of_another_setting_is_another_operator() -> None:
     settings: list[dict[str, Any]] = [{}, {"kernel_options": {"BLOCK_M": 32}}, {"dynamic": False}]
     assert len({fs.compile(WINDOW, **setting).key for setting in settings}) == 3
+
+
+@pytest.mark.parametrize("name", ["mask and score", "residues", "rows"])
+def test_autocast_changes_no_dtype(name: str) -> None:
+    backend, pattern = PATTERNS[name]
+    attention, call = fs.compile(pattern, backend=backend), call_of(pattern, 60)
+    wanted = attention(call.query, call.key, call.value, return_lse=True, **call.captured)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(call.query, call.key, call.value, return_lse=True, **call.captured)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
