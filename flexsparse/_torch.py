@@ -90,10 +90,20 @@ OUTSIDE_GRAPHS: dict[str, Any] = (
 _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
+def as_outside() -> contextlib.AbstractContextManager[None]:
+    """Everything inside a custom operator as outside of it: autograd, and torch.func, by which FlexAttention runs."""
+    guard: contextlib.AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+    return guard
+
+
 @contextlib.contextmanager
 def autograd_inside() -> Iterator[None]:
-    """Gradients, and torch.func, inside a custom operator, where they are switched off."""
-    with torch._C._ForceDispatchKeyGuard(*_OUTSIDE), torch.enable_grad():
+    """Gradients inside a custom operator, where autograd is switched off."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    with contextlib.ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
         yield
 
 

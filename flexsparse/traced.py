@@ -6,6 +6,7 @@ forward and backward, is what an eager call computes; tiles are classified when 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flexsparse._dynamo import is_whole_graph
-from flexsparse._torch import OUTSIDE_GRAPHS, autograd_inside
+from flexsparse._torch import OUTSIDE_GRAPHS, as_outside, autograd_inside
 from flexsparse.errors import BackendError, FlexsparseError, GradientError
 from flexsparse.ir.program import Numbers
 from flexsparse.pipeline import Bound, bind_checked, compile_pattern
@@ -231,7 +232,10 @@ def _attend(
     named = dict(zip(names.split(","), tensors, strict=bool(tensors)))
     bound = _bound(attention, operands, named, backend, q_offset, validate)
     kept: list[Tensor] = []
-    with autograd_inside(), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        if backend not in _OPERATED:
+            stack.enter_context(as_outside())
+            stack.enter_context(torch.no_grad())
         out, lse = attention.runner.run(bound, scale, operands, True, kept)
     level, share, plain_out, plain_lse = (query.new_empty(0) for _ in range(4))
     if kept:
@@ -292,7 +296,10 @@ def _attend_backward(
     with torch.no_grad():
         detached = {name: x.detach() for name, x in named.items()}
         bound = _bound(attention, operands, detached, backend, q_offset, False)
-    with autograd_inside():
+    with contextlib.ExitStack() as stack:
+        if backend not in _OPERATED:
+            stack.enter_context(as_outside())
+        stack.enter_context(autograd_inside())
         bound = replace(bound, buffers={**bound.buffers, **named})
         found = attention.runner.run(bound, scale, operands, True, [x.detach() for x in kept])
         pairs = [(x, g) for x, g in zip(found, (d_out, d_lse), strict=True) if x.requires_grad]

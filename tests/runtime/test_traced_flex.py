@@ -106,7 +106,8 @@ def test_a_pattern_of_another_setting_is_another_operator() -> None:
 @pytest.mark.parametrize("name", ["mask and score", "residues", "rows"])
 def test_autocast_changes_no_dtype(name: str) -> None:
     backend, pattern = PATTERNS[name]
-    attention, call = fs.compile(pattern, backend=backend), call_of(pattern, 60)
+    attention: Any = fs.compile(pattern, backend=backend)
+    call = call_of(pattern, 60)
     wanted = attention(call.query, call.key, call.value, return_lse=True, **call.captured)
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(call.query, call.key, call.value, return_lse=True, **call.captured)
