@@ -152,7 +152,7 @@ CALLS: list[tuple[dict[str, Any], type[FlexsparseError], str]] = [
     (
         {"doc": torch.zeros(10)},
         CapturedError,
-        "doc: got a tensor that the pattern does not use, expected only scores. The pattern takes no tensors.",
+        "doc: got a tensor that the pattern does not use, expected only scores. The pattern takes no other.",
     ),
 ]
 

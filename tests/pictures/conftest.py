@@ -13,8 +13,10 @@ import flexsparse
 from flexsparse.dense import _Evaluator, _Sizes, dense_mask
 from flexsparse.example_inputs import example_captured, example_operands, fitting_heads
 from flexsparse.expression import Pattern
+from flexsparse.parser import parse
 from flexsparse.patterns import catalogue
 from flexsparse.pictures.mask import Drawable, drawable, square_shapes
+from tests.helpers import tensors_of
 
 LENGTH = 80
 
@@ -33,7 +35,9 @@ class Dense:
         if self.drawn.compiled.program.chosen:
             operands = dict(zip(("query", "key"), example_operands(shapes, 0), strict=True))
         sizes = {"q_len": shapes.q_len, "heads": shapes.heads}
-        return dense_mask(pattern, **sizes, **operands, **self.captured)[0]  # type: ignore[arg-type]
+        expression = parse(pattern) if isinstance(pattern, str) else pattern
+        given = {name: tensor for name, tensor in self.captured.items() if name in tensors_of(expression)}
+        return dense_mask(expression, **sizes, **operands, **given)[0]  # type: ignore[arg-type]
 
     def parts(self) -> Any:
         """Scores and gates of every pair as the oracle evaluates them."""

@@ -47,7 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
 
 
 def start(a: torch.Tensor, b: torch.Tensor, times: int = 64, **options: Any) -> None:
-    launching.launch(_follow, (3, 2), (a, b), (times, -5), BLOCK=32, LAST=True, **options)
+    launching.launch(_follow, (3, 2), (a, a, a, b), (times, -5), KEPT=False, BLOCK=32, LAST=True, **options)
 
 
 def test_the_second_launch_is_direct_and_has_every_argument(made: list[Compiled]) -> None:
@@ -55,14 +55,15 @@ def test_the_second_launch_is_direct_and_has_every_argument(made: list[Compiled]
     start(a, b)
     start(b, a)
     (compiled,) = made
-    assert compiled.started == [((3, 2, 1), b.data_ptr(), a.data_ptr(), 64, -5, 32, True)]
+    assert compiled.started == [((3, 2, 1), *[b.data_ptr()] * 3, a.data_ptr(), 64, -5, False, 32, True)]
 
 
 def test_arguments_by_name_stand_in_the_kernels_order(made: list[Compiled]) -> None:
     a = torch.zeros(64, dtype=torch.int32)
     for _ in range(2):
-        launching.launch(_follow, (1,), LAST=True, BLOCK=32, none=-5, times=64, p_next=a, p_link=a, num_warps=4)
-    assert made[0].started == [((1, 1, 1), a.data_ptr(), a.data_ptr(), 64, -5, 32, True)]
+        named = dict.fromkeys(("p_next", "p_time", "p_length", "p_link"), a)
+        launching.launch(_follow, (1,), LAST=True, BLOCK=32, none=-5, KEPT=False, times=64, num_warps=4, **named)
+    assert made[0].started == [((1, 1, 1), *[a.data_ptr()] * 4, 64, -5, False, 32, True)]
 
 
 def test_what_triton_would_compile_anew_is_looked_up_anew(made: list[Compiled]) -> None:

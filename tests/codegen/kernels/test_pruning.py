@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter"),
 ]
 CHOSEN = ("normal", "heavy ties", "both infinities", "position slope")
-CASES = [(name, 170, 5, 4) for name in CHOSEN] + [("all -inf", 70, 3, 0), ("many +inf", 90, 40, 2**40)]
+CASES = [(name, 150, 5, 4) for name in CHOSEN] + [("all -inf", 70, 3, 0), ("many +inf", 90, 40, 2**40)]
 if not INTERPRETED:
     CASES = [(name, n, k, a) for name in REGIMES for n, k, a in ((1, 1, 0), (700, 9, 17), (9000, 64, 100))]
     CASES += [("normal", 70_000, 512, 0), ("nearly equal", 70_000, 30, 3), ("position slope", 300_000, 512, 0)]
@@ -69,12 +69,20 @@ def test_what_is_left_out_changes_no_bit(regime: str, size: int, k: int, after: 
     for name in lives._fields:
         same(name, getattr(lived, name), getattr(lives, name))
     same("slot table", table, causal.slot_table(lives, min(k, size), 16))
-    found, *_ = kernels.select(u.to(DEVICE), k, after, None, thresholds=True, lifetimes=False)
+
+
+@pytest.mark.usefixtures("poisoned_memory", "in_small_blocks")
+def test_thresholds_alone_and_lifetimes_alone() -> None:
+    from flexsparse.ops import kernels
+
+    u = rows_of("normal", 120)
+    ranges = causal.ranges_of(u, 2, None)
+    found, *_ = kernels.select(u.to(DEVICE), 5, 2, None, thresholds=True, lifetimes=False)
     assert found is not None
-    same("tau alone", found.tau, wanted.tau)
-    _, lived, *_ = kernels.select(u.to(DEVICE), k, after, None, thresholds=False, lifetimes=True)
+    same("tau alone", found.tau, causal.thresholds(u, 5, ranges).tau)
+    _, lived, *_ = kernels.select(u.to(DEVICE), 5, 2, None, thresholds=False, lifetimes=True)
     assert lived is not None
-    same("slots alone", lived.slot, lives.slot)
+    same("slots alone", lived.slot, causal.lifetimes(u, 5, ranges).slot)
 
 
 @pytest.mark.usefixtures("poisoned_memory", "in_small_blocks")
