@@ -126,6 +126,16 @@ def first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def refuse_second_derivative(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    """The ``backward`` of what is a gradient of attention itself. Raises GradientError."""
+    raise GradientError(
+        "attention",
+        got="a second derivative",
+        expected="first derivatives only",
+        mend="Use create_graph=False, or flexsparse.reference, which autograd differentiates.",
+    )
+
+
 class _Second(torch.autograd.Function):
     """The first ``count`` tensors as they are, with a gradient that is refused."""
 
@@ -133,14 +143,7 @@ class _Second(torch.autograd.Function):
     def forward(ctx: Any, count: int, *tensors: Any) -> tuple[Any, ...]:
         return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in tensors[:count])
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Any, ...]:
-        raise GradientError(
-            "attention",
-            got="a second derivative",
-            expected="first derivatives only",
-            mend="Use create_graph=False, or flexsparse.reference, which autograd differentiates.",
-        )
+    backward = staticmethod(refuse_second_derivative)
 
 
 def has_tangent(tensor: Tensor) -> bool:

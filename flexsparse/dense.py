@@ -18,6 +18,7 @@ from flexsparse.dense_selections import block_scores, capped_gates, finite_score
 from flexsparse.errors import CapturedError, nearest
 from flexsparse.expression import Pattern
 from flexsparse.ir import nodes
+from flexsparse.ir.names import names_of
 from flexsparse.ir.nodes import (
     Apply,
     BlockTopK,
@@ -204,15 +205,7 @@ def dense_mask(
 
 
 def _refuse_unknown(pattern: Node, captured: Mapping[str, Any], besides: tuple[str, ...] = ()) -> None:
-    known = set(besides)
-    for node in nodes.walk(pattern):
-        match node:
-            case Load():
-                known.add(node.tensor.name)
-            case SelectionNode():
-                known |= {node.scores} if node.segments is None else {node.scores, node.segments}
-            case Scalar():
-                known.add(node.name)
+    known = {*besides, *names_of(pattern)}
     for name, value in captured.items():
         if value is not None and name not in known:
             expected = f"only {', '.join(sorted(known))}" if known else "none, as the pattern takes none"

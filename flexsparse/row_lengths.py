@@ -12,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from flexsparse._torch import version_of
 from flexsparse.errors import DeviceError, DtypeError, ShapeError
 from flexsparse.expression import Pattern
-from flexsparse.ir.nodes import Load, Node, Scalar, SelectionNode, walk
+from flexsparse.ir.names import names_of
+from flexsparse.ir.nodes import Node, SelectionNode, walk
 from flexsparse.language import b, captured, kv, q
 
 # The keyword of a call, and the name of the tensor in the pattern that such a call computes.
@@ -21,12 +22,7 @@ LENGTHS = "lengths"
 
 def names_lengths(pattern: Node) -> bool:
     """Whether the pattern has a tensor or a number of that name itself, as ``padding()`` does."""
-    return any(
-        (isinstance(node, Load) and node.tensor.name == LENGTHS)
-        or (isinstance(node, Scalar) and node.name == LENGTHS)
-        or (isinstance(node, SelectionNode) and LENGTHS in (node.scores, node.segments))
-        for node in walk(pattern)
-    )
+    return LENGTHS in names_of(pattern)
 
 
 def within_lengths(pattern: Pattern) -> Pattern:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from flexsparse._dynamo import is_whole_graph
-from flexsparse._torch import OUTSIDE_GRAPHS, as_outside, autograd_inside
-from flexsparse.errors import BackendError, FlexsparseError, GradientError
+from flexsparse._torch import OUTSIDE_GRAPHS, as_outside, autograd_inside, refuse_second_derivative
+from flexsparse.errors import BackendError, FlexsparseError
 from flexsparse.ir.program import Numbers
 from flexsparse.pipeline import Bound, bind_checked, compile_pattern
 from flexsparse.plan import choose
@@ -46,7 +46,8 @@ def key_of(expression: Expression, settings: Settings) -> str:
     fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     fields["kernel_options"] = dict(settings.kernel_options)
     digest = hashlib.sha256(repr((expression.node, fields)).encode()).hexdigest()[:16]
-    return json.dumps({"pattern": str(expression), **fields, "digest": digest})
+    # What JSON cannot say, another process cannot make again; the digest tells.
+    return json.dumps({"pattern": str(expression), **fields, "digest": digest}, default=repr)
 
 
 def remember(key: str, attention: CompiledAttention) -> None:
@@ -214,6 +215,11 @@ def _bound(
     )
 
 
+def _surroundings(backend: str) -> contextlib.AbstractContextManager[None]:
+    """FlexAttention runs inside of an operator as it does outside."""
+    return contextlib.nullcontext() if backend in _OPERATED else as_outside()
+
+
 @torch.library.custom_op("flexsparse::attend", mutates_args=(), **OUTSIDE_GRAPHS)
 def _attend(
     query: Tensor,
@@ -232,10 +238,7 @@ def _attend(
     named = dict(zip(names.split(","), tensors, strict=bool(tensors)))
     bound = _bound(attention, operands, named, backend, q_offset, validate)
     kept: list[Tensor] = []
-    with contextlib.ExitStack() as stack:
-        if backend not in _OPERATED:
-            stack.enter_context(as_outside())
-            stack.enter_context(torch.no_grad())
+    with _surroundings(backend), torch.no_grad():
         out, lse = attention.runner.run(bound, scale, operands, True, kept)
     level, share, plain_out, plain_lse = (query.new_empty(0) for _ in range(4))
     if kept:
@@ -296,10 +299,7 @@ def _attend_backward(
     with torch.no_grad():
         detached = {name: x.detach() for name, x in named.items()}
         bound = _bound(attention, operands, detached, backend, q_offset, False)
-    with contextlib.ExitStack() as stack:
-        if backend not in _OPERATED:
-            stack.enter_context(as_outside())
-        stack.enter_context(autograd_inside())
+    with _surroundings(backend), autograd_inside():
         bound = replace(bound, buffers={**bound.buffers, **named})
         found = attention.runner.run(bound, scale, operands, True, [x.detach() for x in kept])
         pairs = [(x, g) for x, g in zip(found, (d_out, d_lse), strict=True) if x.requires_grad]
@@ -345,14 +345,5 @@ def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor, *_: Any) -> tuple[Any, ...
     return (*gradients[:3], gradients[3:], *[None] * 6)
 
 
-def _refuse_second(ctx: Any, *_: Any) -> tuple[Any, ...]:
-    raise GradientError(
-        "attention",
-        got="a second derivative",
-        expected="first derivatives only",
-        mend="Use create_graph=False, or flexsparse.reference, which autograd differentiates.",
-    )
-
-
 _attend.register_autograd(_backward, setup_context=_save)
-_attend_backward.register_autograd(_refuse_second)
+_attend_backward.register_autograd(refuse_second_derivative)

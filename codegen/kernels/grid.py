@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
     top: Tensor  # [R] float64: the largest finite score, 0 without one
     bottom: Tensor  # [R] float64: the smallest
     first_nan: Tensor  # [R] int32
-    length: Tensor  # [R] int32: S
+    length: Tensor  # [R] int32: how many keys there are; S, unless some were left out
 
 
 @triton.jit

@@ -22,7 +22,7 @@ BLOCK = 1024
 _GROUP, _TILE, _LANES = 16, 8, 128
 # Bits of a key's number, beside the 32 of its score; a shorter row has some more for its segment.
 POSITION, POSITION_IN_SHORT = 24, 12
-LONGEST, LONGEST_SHORT = 1 << POSITION, 1 << POSITION_IN_SHORT
+LONGEST_SHORT = 1 << POSITION_IN_SHORT
 
 
 @triton.jit

@@ -40,7 +40,6 @@ def _threshold(
     prefix = row * times + stop - 1
     if KEPT:
         # A prefix ends with the last of its keys that remain.
-        some = m_query & (stop > 0)
         kept = tl.load(p_upto + prefix, mask=some, other=0)
         some &= kept > 0
         prefix = row * times + kept - 1

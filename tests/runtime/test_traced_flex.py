@@ -100,7 +100,8 @@ def test_what_cannot_stand_in_one_graph_is_refused(backend: str) -> None:
 
 def test_a_pattern_of_another_setting_is_another_operator() -> None:
     settings: list[dict[str, Any]] = [{}, {"kernel_options": {"BLOCK_M": 32}}, {"dynamic": False}]
-    assert len({fs.compile(WINDOW, **setting).key for setting in settings}) == 3
+    settings.append({"kernel_options": {"x": torch.float32}})  # which JSON cannot say
+    assert len({fs.compile(WINDOW, **setting).key for setting in settings}) == 4
 
 
 @pytest.mark.parametrize("name", ["mask and score", "residues", "rows"])
