@@ -7,6 +7,9 @@ it goes a chunk to the right or a bucket down. So the number c + (buckets - 1 - 
 cell stands at its number in arrays of chunks + buckets - 1 entries: nothing is counted, sorted or compacted. Of a cell
 are kept its chunk (-1 behind the end of the path; its bucket follows) and the sums at its corner, over the events
 before position (b + 1)B with time < cC.
+
+The sizes are for rows with all of their keys. A row of which half, a quarter, ... remain has chunks, buckets and slices
+of half, a quarter, ... the size, so that its path has as many cells.
 """
 
 from __future__ import annotations
@@ -73,6 +76,16 @@ def events_of(p_length, row, COUNT: tl.constexpr):
 
 
 @triton.jit
+def halvings_of(p_length, row, times, HALVINGS: tl.constexpr):
+    """How often the sizes of a lattice are halved for the keys that rows have, HALVINGS times at most."""
+    length = tl.load(p_length + row)
+    halvings = tl.zeros_like(length)
+    for step in tl.static_range(HALVINGS):
+        halvings += (length <= (times >> (step + 1))).to(tl.int32)
+    return halvings
+
+
+@triton.jit
 def _clear(p_column, n_columns, share, SHARE: tl.constexpr):
     """No cells yet: one program's share of all columns' entries."""
     first = tl.program_id(0) * share
@@ -83,21 +96,24 @@ def _clear(p_column, n_columns, share, SHARE: tl.constexpr):
 
 @triton.jit
 def table(
-    p_code, p_edge, p_length, p_weight, p_moment, p_column, events, chunk, n_slices, size, n_columns, share,
-    COUNT: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
+    p_code, p_edge, p_length, p_weight, p_moment, p_column, times, events, chunk, n_slices, size, n_columns, share,
+    COUNT: tl.constexpr, HALVINGS: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the events of one slice of positions, for the prefix of each chunk and those before it."""
     _clear(p_column, n_columns, share, 32)
     row, part = tl.program_id(0).to(tl.int64) // n_slices, tl.program_id(0) % n_slices
+    halvings = halvings_of(p_length, row, times, HALVINGS)
+    chunk, size = chunk >> halvings, size >> halvings
     prefix = tl.arange(0, PREFIXES)
     stop = (prefix + 1) * chunk
     # Each lane adds up its own events for all prefixes; the lanes meet once, at the end.
     weight = tl.zeros([PREFIXES, BLOCK], tl.int32)
     moment = tl.zeros([PREFIXES, BLOCK], tl.int32 if COUNT else tl.int64)
     count = events_of(p_length, row, COUNT)
-    for first in range(0, tl.minimum(size, count - part * size), BLOCK):
-        o_event = part * size + first + tl.arange(0, BLOCK)
-        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < count, COUNT)
+    stop_event = tl.minimum((part + 1) * size, count)
+    for first in range(part * size, stop_event, BLOCK):
+        o_event = first + tl.arange(0, BLOCK)
+        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < stop_event, COUNT)
         earlier = time[None, :] < stop[:, None]
         if not COUNT:
             weight += tl.where(earlier, w[None, :], 0)
@@ -110,21 +126,24 @@ def table(
 
 @triton.jit
 def table_of_many(
-    p_code, p_edge, p_length, p_weight, p_moment, p_column, events, chunk, n_slices, size, n_columns, share,
-    COUNT: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
+    p_code, p_edge, p_length, p_weight, p_moment, p_column, times, events, chunk, n_slices, size, n_columns, share,
+    COUNT: tl.constexpr, HALVINGS: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """As ``table``, for more prefixes than lanes: those have prefixes, and all of them take an event at a time."""
     _clear(p_column, n_columns, share, 32)
     row, part = tl.program_id(0).to(tl.int64) // n_slices, tl.program_id(0) % n_slices
+    halvings = halvings_of(p_length, row, times, HALVINGS)
+    chunk, size = chunk >> halvings, size >> halvings
     prefix = tl.arange(0, PREFIXES)
     stop = (prefix + 1) * chunk
     weight = tl.zeros([PREFIXES], tl.int32)
     moment = tl.zeros([PREFIXES], tl.int32 if COUNT else tl.int64)
     count = events_of(p_length, row, COUNT)
-    for first in range(0, tl.minimum(size, count - part * size), UNROLL):
+    stop_event = tl.minimum((part + 1) * size, count)
+    for first in range(part * size, stop_event, UNROLL):
         for step in tl.static_range(UNROLL):
-            o_event = part * size + first + step
-            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < count, COUNT)
+            o_event = first + step
+            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < stop_event, COUNT)
             earlier = time < stop
             if not COUNT:
                 weight += tl.where(earlier, w, 0)
@@ -169,10 +188,13 @@ def _bucket_reached(
 def outline(
     p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_column, p_corner_weight, p_corner_moment,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_slices,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr, SLICES: tl.constexpr,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     """The cells of one column of the coarsest lattice, from the table."""
     row, column = tl.program_id(0).to(tl.int64) // n_chunks, tl.program_id(0) % n_chunks
+    halvings = halvings_of(p_length, row, times, HALVINGS)
+    chunk, bucket = chunk >> halvings, bucket >> halvings
     highest, upto_weight, upto_moment = _bucket_reached(
         p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
         times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
@@ -235,13 +257,16 @@ def refine(
     p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
     times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The cells inside one cell of a lattice FACTOR times as coarse in both directions."""
     cell = tl.program_id(0)
     column = tl.load(p_column + cell)
     if column >= 0:
         row = cell.to(tl.int64) // coarse_cells
+        halvings = halvings_of(p_length, row, times, HALVINGS)
+        chunk, bucket = chunk >> halvings, bucket >> halvings
         coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
         inner = tl.arange(0, FACTOR)
         t = (column * FACTOR + inner) * chunk

@@ -23,6 +23,8 @@ _BLOCK = 1024
 _ONE_PROGRAM = 4096
 # So few keys take small blocks, as nothing else would fill a device.
 _FEW = 1 << 18
+# About how many programs double links: of rows shorter than their room most would have nothing to do.
+_PROGRAMS = 1 << 11
 _NONE = -(2**31)
 # So many keys are read rather than handed from chunk to chunk: by every chunk those before it.
 _READ_AT_ONCE, _TOGETHER = 1 << 23, 4
@@ -146,10 +148,10 @@ def _links(
 def _follow(
     p_link, p_length, p_time, p_next, times, none, KEPT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
-    """Every link doubled once."""
+    """Every link doubled once, block by block."""
     row = tl.program_id(0).to(tl.int64)
-    first, length = tl.program_id(1) * BLOCK, tl.load(p_length + row)
-    if first < length:
+    length = tl.load(p_length + row)
+    for first in range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
         key = first + tl.arange(0, BLOCK)
         m_key = key < length
         link = tl.load(p_link + row * times + key, mask=m_key, other=-1)
@@ -194,10 +196,11 @@ def lifetimes(
         SEGMENTS=segmented, BLOCK=block, LAST=doublings == 0, num_warps=max(4, min(16, block // 128)), **flags,
     )  # fmt: skip
     following = leaving
+    programs = rows, min(shape[1], cdiv(_PROGRAMS, rows))
     for left in reversed(range(doublings)):
         target = slot if left == 0 else following
         launch(
-            _follow, shape, (link, grid.length, time, target), (times, _NONE), BLOCK=block, LAST=left == 0, **flags
+            _follow, programs, (link, grid.length, time, target), (times, _NONE), BLOCK=block, LAST=left == 0, **flags
         )  # fmt: skip
         link, following = target, link
 

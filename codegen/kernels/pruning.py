@@ -28,7 +28,8 @@ from flexsparse.codegen.kernels.launch import launch
 # "1" in the environment: keys are left out.
 PRUNING = "FLEXSPARSE_PRUNING"
 # Keys at a time, blocks of a row at most, scores that the levels are taken from, and how many levels.
-_BLOCK, _MOST_BLOCKS, _SAMPLES, _LEVELS = 1024, 256, 256, 16
+_BLOCK, _MOST_BLOCKS, _SAMPLES, _LEVELS = 1024, 256, 64, 16
+_WARPS = 8, 4
 # f is summed in float32, from scores that are not on the grid: shares of k for both, rounded up by a multiple.
 _SUMMED, _ON_GRID = 1.001, 0.0005
 
@@ -51,10 +52,10 @@ class Left(NamedTuple):
 def _levels_of(p_u, row, size, SAMPLES: tl.constexpr, LEVELS: tl.constexpr):
     """Levels from the mean of a row's sample up to its largest score."""
     at = tl.arange(0, SAMPLES) * tl.maximum(size // SAMPLES, 1)
-    given = tl.load(p_u + row * size + at, mask=at < size, other=0.0).to(tl.float32)
+    given = tl.load(p_u + row * size + at, mask=at < size, other=-float("inf")).to(tl.float32)
     finite = tl.abs(given) < float("inf")
-    top = tl.max(tl.where(finite, given, -float("inf")), 0)
     low = tl.sum(tl.where(finite, given, 0.0), 0) / tl.maximum(tl.sum(finite.to(tl.int32), 0), 1).to(tl.float32)
+    top = tl.maximum(tl.max(tl.where(finite, given, -float("inf")), 0), low)
     return low + (top - low) * (tl.arange(0, LEVELS).to(tl.float32) / (LEVELS - 1))
 
 
@@ -74,9 +75,9 @@ def _exceeding(
     reached = tl.zeros([LEVELS, BLOCK], tl.float32)
     highest = tl.zeros([BLOCK], tl.float32) - infinity
     lowest = tl.zeros([BLOCK], tl.float32) + infinity
-    nan = tl.zeros([BLOCK], tl.int32) + 2147483647
-    counted = tl.zeros([BLOCK], tl.int64)
-    for first in range(part * block, tl.minimum((part + 1) * block, size), BLOCK):
+    finites = tl.zeros([BLOCK], tl.int32)
+    start, stop = part * block, tl.minimum((part + 1) * block, size)
+    for first in range(start, stop, BLOCK):
         at = first + tl.arange(0, BLOCK)
         u = tl.load(p_u + row * size + at, mask=at < size, other=-infinity).to(tl.float32)
         finite = tl.abs(u) < infinity
@@ -84,14 +85,25 @@ def _exceeding(
         reached += tl.minimum(tl.maximum(some[None, :] - level[:, None], 0.0), 1.0)
         highest = tl.maximum(highest, some)
         lowest = tl.minimum(lowest, tl.where(finite, u, infinity))
-        nan = tl.minimum(nan, tl.where(u != u, at, 2147483647))
-        counted += tl.where(finite, 1, tl.where(u == infinity, 4294967296, 0)).to(tl.int64)
+        finites += finite.to(tl.int32)
+    n_finite = tl.sum(finites, 0)
+    nan = tl.full([], 2147483647, tl.int32)
+    counted = n_finite.to(tl.int64)
+    if n_finite < stop - start:
+        # Once more, for what few blocks have.
+        nans = tl.zeros([BLOCK], tl.int32) + 2147483647
+        for first in range(start, stop, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            u = tl.load(p_u + row * size + at, mask=at < size, other=0.0).to(tl.float32)
+            nans = tl.minimum(nans, tl.where(u != u, at, 2147483647))
+            counted += tl.sum((u == infinity).to(tl.int32), 0).to(tl.int64) << 32
+        nan = tl.min(nans, 0)
     entry = row * n_blocks + part
     tl.store(p_exceeding + entry * LEVELS + number, tl.sum(reached, 1))
     tl.store(p_highest + entry, tl.max(highest, 0).to(tl.float64))
     tl.store(p_lowest + entry, tl.min(lowest, 0).to(tl.float64))
-    tl.store(p_nans + entry, tl.min(nan, 0))
-    tl.store(p_counted + entry, tl.sum(counted, 0))
+    tl.store(p_nans + entry, nan)
+    tl.store(p_counted + entry, counted)
 
 
 @triton.jit
@@ -142,22 +154,35 @@ def _compacted(
     counted_each = tl.load(p_counted + row * n_blocks + part, mask=part < own, other=0)
     if own == 0:
         tl.store(p_length + row, tl.sum(kept_each, 0))
-    # How many remain, how many of these are +inf, and how many candidates there are, of the blocks before.
+    # Of the blocks before: how many remain, how many of these are +inf, and how many candidates there are.
     n_kept = tl.sum(tl.where(part < own, kept_each, 0), 0)
     n_counted = tl.sum(counted_each, 0)
-    n_infinite = n_counted >> 32
-    n_alive = (n_infinite + (n_counted & 4294967295)).to(tl.int32)
+    n_infinite = (n_counted >> 32).to(tl.int32)
+    n_alive = n_infinite + (n_counted & 4294967295).to(tl.int32)
     bound = tl.load(p_bound + row * n_blocks + own)
     step, center = tl.load(p_step + row), tl.load(p_center + row)
     top, bottom = tl.load(p_top + row), tl.load(p_bottom + row)
-    for first in range(own * block, tl.minimum((own + 1) * block, size), BLOCK):
-        at = first + tl.arange(0, BLOCK)
+    start, stop = own * block, tl.minimum((own + 1) * block, size)
+    all_finite = tl.load(p_counted + row * n_blocks + own) == stop - start
+    for first in range(start, stop, BLOCK):
+        inside = tl.arange(0, BLOCK)
+        at = first + inside
         m_at = at < size
         u = tl.load(p_u + row * size + at, mask=m_at, other=-infinity).to(tl.float32)
         kept = u > bound
-        infinite = u == infinity
-        both = tl.cumsum(kept.to(tl.int64) + (infinite.to(tl.int64) << 32), 0)
-        index = n_kept + both.to(tl.int32)
+        index = n_kept + tl.cumsum(kept.to(tl.int32), 0)
+        infinities = tl.zeros_like(at) + n_infinite
+        candidates = n_alive + inside + 1
+        n_kept += tl.sum(kept.to(tl.int32), 0)
+        if all_finite:
+            n_alive += BLOCK
+        else:
+            infinite = (u == infinity).to(tl.int32)
+            alive = (tl.abs(u) < infinity).to(tl.int32) + infinite
+            infinities += tl.cumsum(infinite, 0)
+            candidates = n_alive + tl.cumsum(alive, 0)
+            n_infinite += tl.sum(infinite, 0)
+            n_alive += tl.sum(alive, 0)
         here = row * size + at
         tl.store(p_upto + here, index, mask=m_at)
         target = row * size + index - 1
@@ -165,14 +190,9 @@ def _compacted(
         tl.store(p_time + target, at, mask=kept)
         tl.store(p_score + target, u, mask=kept)
         tl.store(p_value + target, value, mask=kept)
-        infinities = n_infinite + (both >> 32)
-        tl.store(p_counts + target, (infinities << 32) + (index - infinities), mask=kept)
-        n_kept += tl.sum(kept.to(tl.int32), 0)
-        n_infinite += tl.sum(infinite.to(tl.int64), 0)
+        counts = (infinities.to(tl.int64) << 32) + (index - infinities).to(tl.int64)
+        tl.store(p_counts + target, counts, mask=kept)
         if CANDIDATES:
-            alive = ((tl.abs(u) < infinity) | infinite).to(tl.int32)
-            candidates = n_alive + tl.cumsum(alive, 0)
-            n_alive += tl.sum(alive, 0)
             tl.store(p_candidates + here + after, candidates, mask=at < size - after)
             tl.store(p_candidates + here, tl.zeros_like(at), mask=m_at & (at < after))
         if LIFETIMES:
@@ -211,7 +231,7 @@ def pruned(u: Tensor, k: int, after: int, left: Left) -> tuple[Quantized, Kept]:
     shape, parts = (rows, n_blocks), next_power_of_2(n_blocks)
     launch(
         _exceeding, shape, (u, level, exceeding, *extents, counted), (size, n_blocks, block),
-        BLOCK=_BLOCK, SAMPLES=_SAMPLES, LEVELS=_LEVELS, num_warps=8,
+        BLOCK=_BLOCK, SAMPLES=_SAMPLES, LEVELS=_LEVELS, num_warps=_WARPS[0],
     )  # fmt: skip
     launch(
         _bounded, shape, (u, level, exceeding, *extents, *grid, found.first_nan, found.length, bound, n_kept),
@@ -225,6 +245,6 @@ def pruned(u: Tensor, k: int, after: int, left: Left) -> tuple[Quantized, Kept]:
         (u, bound, n_kept, counted, *grid[1:], found.length, kept.time, kept.upto, found.score, found.value,
          found.counts, candidates, *lifetimes),
         (size, n_blocks, block, after), CANDIDATES=left.candidates is not None, LIFETIMES=left.lifetimes is not None,
-        BLOCK=_BLOCK, PARTS=parts,
+        BLOCK=_BLOCK, PARTS=parts, num_warps=_WARPS[1],
     )  # fmt: skip
     return found, kept

@@ -1,8 +1,9 @@
 """Keys by falling score without a library's sort, which takes a launch for every few bits, as Triton kernels.
 
-A program sorts one block of a row; then runs are merged, up to 16 at a time: the place of a key is how many keys of
-each run stand before it, by binary searches that do not wait for one another. The keys of a row may be fewer than its
-room, and programs beyond them have nothing to do.
+A program sorts one block of a row; then pairs of runs are merged until a row is one. Every tile of a merged run is a
+program's: it looks up where in both runs its own keys begin, takes the lower halves of what follows there, which
+together rise and then fall, and sorts these by exchanges at falling distances. The keys of a row may be fewer than its
+room: programs take tiles until there are none, and rows that are one already are left alone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from flexsparse.codegen.kernels.events import Ranked, empty_ranks
 from flexsparse.codegen.kernels.grid import Quantized, grid_values
 from flexsparse.codegen.kernels.launch import launch
 
-# Keys that one program sorts, runs that are merged at a time, in tiles of so many, and lanes of a program that merges.
+# Keys that one program sorts; keys of a tile that is merged, its warps, and places of a run that are probed at a time.
 BLOCK = 1024
-_GROUP, _TILE, _LANES = 16, 8, 128
+_TILE, _WARPS, _PROBES = 512, 1, 64
+# About how many programs a launch has: those of rows shorter than their room have nothing to do.
+_PROGRAMS = 1 << 12
 # Bits of a key's number, beside the 32 of its score; a shorter row has some more for its segment.
 POSITION, POSITION_IN_SHORT = 24, 12
 LONGEST_SHORT = 1 << POSITION_IN_SHORT
@@ -55,52 +58,75 @@ def _sorted_runs(p_score, p_length, p_sorted, size, BLOCK: tl.constexpr, POSITIO
 
 
 @triton.jit
-def _merged_runs(
-    p_sorted, p_merged, p_length, p_step, p_center, p_top, p_bottom, p_by_place, p_code, p_rank, size, room, least,
-    RUN: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, POSITION: tl.constexpr,
+def _split(first, second, n_first, n_second, taken, PROBES: tl.constexpr):
+    """How many of the ``taken`` lowest keys of two runs at ``first`` and ``second`` are of the first."""
+    low, high = tl.maximum(taken - n_second, 0), tl.minimum(taken, n_first)
+    probe = tl.arange(0, PROBES)
+    while low < high:
+        stride = (high - low + PROBES - 1) // PROBES
+        index = low + (probe + 1) * stride - 1
+        m_probe = index < high
+        one = tl.load(first + index, mask=m_probe, other=0)
+        other = tl.load(second + (taken - 1 - index), mask=m_probe, other=0)
+        low += stride * tl.sum((m_probe & (one < other)).to(tl.int32), 0)
+        high = tl.minimum(high, low + stride - 1)
+    return low
+
+
+@triton.jit
+def _rising(x, BITS: tl.constexpr):
+    """Keys [1 << BITS] that rise and then fall, or fall and then rise, sorted."""
+    left = (tl.arange(0, 2) == 0)[None, :, None]
+    for step in tl.static_range(BITS):
+        pair = tl.reshape(x, [1 << step, 2, 1 << (BITS - 1 - step)])
+        # What the sum leaves is the other one, whatever it overflows.
+        other = tl.sum(pair, 1)[:, None, :] - pair
+        x = tl.reshape(tl.where(left, tl.minimum(pair, other), tl.maximum(pair, other)), [1 << BITS])
+    return x
+
+
+@triton.jit
+def _merged_pairs(
+    p_sorted, p_merged, p_length, p_step, p_center, p_top, p_bottom, p_by_place, p_code, p_rank, size, room, run, least,
+    TILE_BITS: tl.constexpr, PROBES: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
-    """GROUP runs of RUN = 1 << BITS keys become one. Rows that are one then: their values, codes and ranks.
+    """Two runs of ``run`` keys become one, tile by tile. Rows that are one then: their values, codes and ranks.
 
     Rows of ``least`` keys or fewer were one before.
     """
-    row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * LANES
+    row = tl.program_id(0).to(tl.int64)
+    TILE: tl.constexpr = 1 << TILE_BITS
     length = tl.load(p_length + row)
-    if (begin < length) & (length > least):
-        at = begin + tl.arange(0, LANES)
-        m_at = at < length
-        keys = p_sorted + row * room
-        own = tl.load(keys + at, mask=m_at, other=9223372036854775807)
-        base = begin // (RUN * GROUP) * (RUN * GROUP)
-        runs = tl.minimum((length - base + RUN - 1) // RUN, GROUP)
-        place = tl.zeros([LANES], tl.int32) + base
-        # Lanes in order search near one another, so a run at a time is one of few lines of memory.
-        for first in range(0, runs, TILE):
-            start = base + (first + tl.arange(0, TILE)) * RUN
-            start = tl.where(first + tl.arange(0, TILE) < runs, start, length)
-            there = tl.minimum(length - start, RUN)[:, None]  # keys of each run
-            # How many of them are below the own one, of which no other is the equal.
-            before = tl.zeros([TILE, LANES], tl.int32)
-            for bit in tl.static_range(BITS):
-                step = RUN >> (bit + 1)
-                middle = before + (step - 1)
-                other = tl.load(keys + start[:, None] + middle, mask=middle < there, other=9223372036854775807)
-                before += tl.where(other < own[None, :], step, 0)
-            other = tl.load(keys + start[:, None] + before, mask=before < there, other=9223372036854775807)
-            before += (other < own[None, :]).to(tl.int32)
-            place += tl.sum(before, 0)
-        if length <= RUN * GROUP:
+    keys = p_sorted + row * room
+    begin = tl.where(length > least, tl.program_id(1) * TILE, length)
+    inside = tl.arange(0, TILE)
+    while begin < length:
+        base = begin // (2 * run) * (2 * run)
+        n_first = tl.minimum(length - base, run)
+        n_second = tl.minimum(tl.maximum(length - base - run, 0), run)
+        taken = begin - base
+        first, second = keys + base, keys + base + run
+        of_first = _split(first, second, n_first, n_second, taken, PROBES)
+        index = of_first + inside
+        one = tl.load(first + index, mask=index < n_first, other=9223372036854775807)
+        index = taken - of_first + (TILE - 1 - inside)
+        other = tl.load(second + index, mask=index < n_second, other=9223372036854775807)
+        own = _rising(tl.minimum(one, other), TILE_BITS)
+        place = begin + inside
+        m_place = place < length
+        if length <= 2 * run:
             key = (own & ((1 << POSITION) - 1)).to(tl.int32)
             score = _score_of((own >> POSITION) & 4294967295)
             step, center = tl.load(p_step + row), tl.load(p_center + row)
             top, bottom = tl.load(p_top + row), tl.load(p_bottom + row)
             # From the score, as its value by key would have to be looked up.
             value, _, _ = grid_values(score, step, center, top, bottom)
-            tl.store(p_by_place + row * size + place, value, mask=m_at)
-            tl.store(p_code + row * size + place, 2 * key, mask=m_at)
-            tl.store(p_rank + row * size + key, place, mask=m_at)
+            tl.store(p_by_place + row * size + place, value, mask=m_place)
+            tl.store(p_code + row * size + place, 2 * key, mask=m_place)
+            tl.store(p_rank + row * size + key, place, mask=m_place)
         else:
-            tl.store(p_merged + row * room + place, own, mask=m_at)
+            tl.store(p_merged + row * room + place, own, mask=m_place)
+        begin += tl.num_programs(1) * TILE
 
 
 def merged_runs(sorted_: Tensor, grid: Quantized, position: int) -> Ranked:
@@ -110,19 +136,18 @@ def merged_runs(sorted_: Tensor, grid: Quantized, position: int) -> Ranked:
     room, run = sorted_.shape[1], BLOCK
     merged = sorted_
     while True:
-        last = run * _GROUP >= size
+        last = 2 * run >= size
         if not last:
             merged = torch.empty_like(sorted_)
         launch(
-            _merged_runs, (rows, cdiv(size, _LANES)),
+            _merged_pairs, (rows, min(cdiv(size, _TILE), cdiv(_PROGRAMS, rows))),
             (sorted_, merged, grid.length, grid.step, grid.center, grid.top, grid.bottom, found.value,
-             found.counted.code, found.counted.place), (size, room, 0 if run == BLOCK else run),
-            RUN=run, BITS=run.bit_length() - 1, GROUP=_GROUP, TILE=_TILE, LANES=_LANES,
-            POSITION=position,
+             found.counted.code, found.counted.place), (size, room, run, 0 if run == BLOCK else run),
+            TILE_BITS=_TILE.bit_length() - 1, PROBES=_PROBES, POSITION=position, num_warps=_WARPS,
         )  # fmt: skip
         if last:
             return found
-        sorted_, run = merged, run * _GROUP
+        sorted_, run = merged, 2 * run
 
 
 def ranked_by_merging(grid: Quantized) -> Ranked:

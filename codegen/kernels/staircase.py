@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from typing import NamedTuple
 
@@ -46,6 +47,8 @@ _PREFIXES, _MOST_PREFIXES, _COMPARED = 16, 64, 1 << 24
 # Times and positions of the finest lattice's cells, at least and at most, and how many walkers keep a device busy.
 _SMALLEST, _LARGEST, _WALKERS = 16, 128, 1 << 15
 _MOST_BITS = 3
+# Times and positions of its cells at least, where rows have few keys left.
+_LEAST = 4
 # About how many programs the table has, and the events that a lane of a refinement takes.
 _PROGRAMS, _EVENTS_A_LANE = 1024, 32
 # Walkers of one program.
@@ -63,6 +66,12 @@ class Lattices(NamedTuple):
     factors: tuple[int, ...]
     slice: int
     prefixes: int
+
+    @property
+    def halvings(self) -> int:
+        """How often all of these sizes may be halved for rows that have fewer keys."""
+        finest = self.chunk // math.prod(self.factors)
+        return max(0, min(finest // _LEAST, self.slice).bit_length() - 1)
 
 
 class Crossings(NamedTuple):
@@ -148,8 +157,8 @@ def crossings(
     rows, size = events.code.shape
     start, end = segments if segments is not None else (events.place, events.place)
     shared = (counts if counts is not None else events.place, start, end, unit if unit is not None else events.edge)
-    flags = {"COUNT": unit is None, "SEGMENTS": segments is not None}
     lattices = lattices_for(rows, times, size)
+    flags = {"COUNT": unit is None, "SEGMENTS": segments is not None, "HALVINGS": lattices.halvings}
     levels, columns = _levels(rows, times, size, lattices, events.code.device)
     coarse = levels[0]
     _outline(events, shared, flags, coarse, columns, lattices, times, budget)
@@ -201,7 +210,7 @@ def _levels(
 
 
 def _outline(
-    events: Events, shared: tuple[Tensor, ...], flags: dict[str, bool], coarse: Level, columns: Tensor,
+    events: Events, shared: tuple[Tensor, ...], flags: dict[str, int], coarse: Level, columns: Tensor,
     lattices: Lattices, times: int, budget: int,
 ) -> None:  # fmt: skip
     """The path through the coarsest lattice, from a table over slices of positions; the others have no cells yet."""
@@ -216,8 +225,8 @@ def _outline(
     launch(
         table_of_many if many else table, (rows * n_slices,),
         (events.code, events.edge, events.length, weight, moment, columns),
-        (size, coarse.chunk, n_slices, length, n_columns, cdiv(n_columns, rows * n_slices)), COUNT=flags["COUNT"],
-        PREFIXES=prefixes, **shape,
+        (times, size, coarse.chunk, n_slices, length, n_columns, cdiv(n_columns, rows * n_slices)),
+        COUNT=flags["COUNT"], HALVINGS=flags["HALVINGS"], PREFIXES=prefixes, **shape,
     )  # fmt: skip
     launch(
         outline, (rows * coarse.n_chunks,), (events.edge, events.length, *shared, weight, moment, *coarse.cells),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.codegen.kernels.lattice import events_of, is_within, limits, own_events
+from flexsparse.codegen.kernels.lattice import events_of, halvings_of, is_within, limits, own_events
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def walk(
     p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
     p_corner_moment, p_result,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
-    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, LANES: tl.constexpr,
+    COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """From the top of a lane's cell and its first prefix: a step takes the next key in, or the event before x out.
 
@@ -58,6 +58,8 @@ def walk(
     moment = tl.load(p_corner_moment + cell, mask=active, other=0)
     row, number = cell.to(tl.int64) // n_cells, column + n_buckets - 1 - (cell % n_cells)
     length, count = tl.load(p_length + row), events_of(p_length, row, COUNT)
+    halvings = halvings_of(p_length, row, times, HALVINGS)
+    chunk, bucket = chunk >> halvings, bucket >> halvings
     top = tl.minimum((number + 1) * bucket, count)
     bottom = tl.where(number == 0, -1, number * bucket)
     stop = tl.minimum((column + 1) * chunk, length)

@@ -21,7 +21,7 @@ from tests.cross_compiling import ATOMIC, Launches
 
 EXPECTED = {
     *("_extents", "_quantize", "_running_counts", "_merge", "_rank", "_sorted_blocks"),
-    *("_exceeding", "_bounded", "_compacted", "_sorted_runs", "_merged_runs"),
+    *("_exceeding", "_bounded", "_compacted", "_sorted_runs", "_merged_pairs"),
     *("table", "table_of_many", "outline", "refine", "walk"),
     *("_threshold", "_between", "_share_blocks", "_shares", "_running", "_difference"),
     *("_gates_of_rows", "_flow_of_rows", "_section", "_keep", "_solve", "_gates_of_parts"),

@@ -37,7 +37,7 @@ def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruning, "_BLOCK", 16)
     monkeypatch.setattr(pruning, "_MOST_BLOCKS", 8)
     monkeypatch.setattr(sorting, "BLOCK", 16)
-    for name, value in (("_GROUP", 4), ("_TILE", 2), ("_LANES", 16)):
+    for name, value in (("_TILE", 8), ("_PROBES", 4), ("_PROGRAMS", 4)):
         monkeypatch.setattr(sorting, name, value)
     if INTERPRETED:
         # As long rows have them: refinements, links across blocks, tables chunk by chunk.
