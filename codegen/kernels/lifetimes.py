@@ -23,7 +23,7 @@ _BLOCK = 1024
 _ONE_PROGRAM = 4096
 # So few keys take small blocks, as nothing else would fill a device.
 _FEW = 1 << 18
-# About how many programs double links: of rows shorter than their room most would have nothing to do.
+# About how many programs fill a device; of rows shorter than their room most would have nothing to do.
 _PROGRAMS = 1 << 11
 _NONE = -(2**31)
 # So many keys are read rather than handed from chunk to chunk: by every chunk those before it.
@@ -319,10 +319,13 @@ def slot_table(birth: Tensor, death: Tensor, slot: Tensor, table: Tensor, chunk:
         _place, (rows, cdiv(times, _BLOCK)), (birth, death, slot, table), (times, chunk, n_chunks, k),
         BLOCK=_BLOCK,
     )  # fmt: skip
-    group = max(16, next_power_of_2(math.isqrt(n_chunks)))
+    # Where rows have slots enough for all programs, chunks need not be cut in groups.
+    whole = rows * cdiv(k, 64) >= _PROGRAMS
+    group = next_power_of_2(n_chunks) if whole else max(16, next_power_of_2(math.isqrt(n_chunks)))
     n_groups = cdiv(n_chunks, group)
     newest = torch.empty(rows, n_groups, k, dtype=torch.int32, device=birth.device)
     size = (rows, n_groups, cdiv(k, 64))
     flags = {"GROUP": group, "BLOCK": 64, "num_warps": 2}
-    launch(_newest, size, (table, newest), (n_chunks, n_groups, k), **flags)
+    if not whole:
+        launch(_newest, size, (table, newest), (n_chunks, n_groups, k), **flags)
     launch(_fill, size, (death, table, newest), (times, chunk, n_chunks, n_groups, k), **flags)

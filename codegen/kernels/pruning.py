@@ -28,8 +28,9 @@ from flexsparse.codegen.kernels.launch import launch
 # "1" in the environment: keys are left out.
 PRUNING = "FLEXSPARSE_PRUNING"
 # Keys at a time, blocks of a row at most, scores that the levels are taken from, and how many levels.
-_BLOCK, _MOST_BLOCKS, _SAMPLES, _LEVELS = 1024, 256, 64, 16
-_WARPS = 8, 4
+_BLOCK, _MOST_BLOCKS, _SAMPLES, _LEVELS = 1024, 256, 64, 8
+# Warps of programs that sum and of those that compact.
+_WARPS = 4, 8
 # f is summed in float32, from scores that are not on the grid: shares of k for both, rounded up by a multiple.
 _SUMMED, _ON_GRID = 1.001, 0.0005
 

@@ -88,14 +88,13 @@ def _rising(x, BITS: tl.constexpr):
 @triton.jit
 def _merged_pairs(
     p_sorted, p_merged, p_length, p_step, p_center, p_top, p_bottom, p_by_place, p_code, p_rank, size, room, run, least,
-    TILE_BITS: tl.constexpr, PROBES: tl.constexpr, POSITION: tl.constexpr,
+    TILE: tl.constexpr, BITS: tl.constexpr, PROBES: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
     """Two runs of ``run`` keys become one, tile by tile. Rows that are one then: their values, codes and ranks.
 
     Rows of ``least`` keys or fewer were one before.
     """
     row = tl.program_id(0).to(tl.int64)
-    TILE: tl.constexpr = 1 << TILE_BITS
     length = tl.load(p_length + row)
     keys = p_sorted + row * room
     begin = tl.where(length > least, tl.program_id(1) * TILE, length)
@@ -111,7 +110,7 @@ def _merged_pairs(
         one = tl.load(first + index, mask=index < n_first, other=9223372036854775807)
         index = taken - of_first + (TILE - 1 - inside)
         other = tl.load(second + index, mask=index < n_second, other=9223372036854775807)
-        own = _rising(tl.minimum(one, other), TILE_BITS)
+        own = _rising(tl.minimum(one, other), BITS)
         place = begin + inside
         m_place = place < length
         if length <= 2 * run:
@@ -142,8 +141,8 @@ def merged_runs(sorted_: Tensor, grid: Quantized, position: int) -> Ranked:
         launch(
             _merged_pairs, (rows, min(cdiv(size, _TILE), cdiv(_PROGRAMS, rows))),
             (sorted_, merged, grid.length, grid.step, grid.center, grid.top, grid.bottom, found.value,
-             found.counted.code, found.counted.place), (size, room, run, 0 if run == BLOCK else run),
-            TILE_BITS=_TILE.bit_length() - 1, PROBES=_PROBES, POSITION=position, num_warps=_WARPS,
+             *found.counted[:2]), (size, room, run, 0 if run == BLOCK else run),
+            TILE=_TILE, BITS=_TILE.bit_length() - 1, PROBES=_PROBES, POSITION=position, num_warps=_WARPS,
         )  # fmt: skip
         if last:
             return found

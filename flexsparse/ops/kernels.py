@@ -182,7 +182,7 @@ def _find_lifetimes(
     chunk: int,
 ) -> None:
     found = staircase.crossings(keys.counted, grid.value.shape[1], budget - 1, segments=bounds)
-    lifetime_kernels.lifetimes(found.reach, keys.counted.place, grid, budget, after, bounds, kept, out)
+    lifetime_kernels.lifetimes(found.reach, keys.counted.key, grid, budget, after, bounds, kept, out)
     if table is not None:
         lifetime_kernels.slot_table(*out, table, chunk)
 
