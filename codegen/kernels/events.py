@@ -23,51 +23,34 @@ class Events(NamedTuple):
 
     A row has ``length`` keys; what stands behind these, and behind their events, is not set.
 
-    An event is its code, 2 * time, plus 1 for a weight of -1, and its value. A key is the place of its event of weight
-    1, with that of its event of weight -1 in the upper half, and the value of the former; places are N for weight 0.
-    Both are pairs, as walkers read many lines of memory at once. In a count of keys N is S, every weight is 1, and
-    there are no values: codes and places alone.
+    ``code``: 2 * time, plus 1 for an event of weight -1. In a count of keys N is S, every weight is 1, and there are
+    no values.
     """
 
-    event: Tensor  # by position: [R, N, 2] int64; in a count [R, N] int32
-    key: Tensor  # by time: [R, S, 2] int64; in a count [R, S] int32
+    code: Tensor  # [R, N] int32, by position
+    edge: Tensor  # [R, N] int64, by position; the values
+    value: Tensor  # [R, S] int64, by time: the value of the event of weight 1
+    # [R, S] by time: its position, N for weight 0. int32 in a count of keys, else int64, with the position of the event
+    # of weight -1 in the upper half.
+    place: Tensor
     length: Tensor  # [R] int32
 
 
 @triton.jit
-def edges_at(p_event, o_event, m_event):
-    """The values of events."""
-    return tl.load(p_event + 2 * o_event + 1, mask=m_event, other=0)
-
-
-@triton.jit
-def load_events(p_event, o_event, m_event, COUNT: tl.constexpr):
+def load_events(p_code, p_edge, o_event, m_event, COUNT: tl.constexpr):
     """Time, weight and moment of events; time is beyond every prefix where there is none."""
+    code = tl.load(p_code + o_event, mask=m_event, other=-1)
+    none = code < 0
+    time = tl.where(none, 2147483647, code >> 1)
     if COUNT:
-        code = tl.load(p_event + o_event, mask=m_event, other=-1)
-        none = code < 0
         weight = code * 0
         moment = tl.where(none, 0, 1)
+        edge = weight
     else:
-        code = tl.load(p_event + 2 * o_event, mask=m_event, other=-1).to(tl.int32)
-        none = code < 0
+        edge = tl.load(p_edge + o_event, mask=m_event, other=0)
         weight = tl.where(none, 0, 1 - 2 * (code & 1))
-        moment = weight.to(tl.int64) * edges_at(p_event, o_event, m_event)
-    return tl.where(none, 2147483647, code >> 1), weight, moment
-
-
-@triton.jit
-def store_pairs(pointer, at, first, second, mask):
-    """Two numbers of 64 bits each, in one store of 16 bytes: lanes may write a line each."""
-    pair = 2 * at[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(pointer + pair, tl.join(first, second), mask=mask[:, None])
-
-
-@triton.jit
-def load_pairs(pointer, at, mask):
-    """Two numbers of 64 bits each, in one load; 0 where there are none."""
-    pair = 2 * at[:, None] + tl.arange(0, 2)[None, :]
-    return tl.split(tl.load(pointer + pair, mask=mask[:, None], other=0))
+        moment = weight.to(tl.int64) * edge
+    return time, weight, moment, edge
 
 
 @triton.jit
@@ -83,7 +66,7 @@ def _bounds_around(samples, m_samples, stride, times, first, last):
 
 @triton.jit
 def _merge(
-    p_ranked, p_sorted, p_alive, p_length, p_counts, p_start, p_end, p_unit, p_event, p_key, times,
+    p_ranked, p_sorted, p_alive, p_length, p_counts, p_start, p_end, p_unit, p_code, p_edge, p_place, times,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Where each key's two events stand: after the same keys' events above them, found by binary search.
@@ -139,11 +122,12 @@ def _merge(
             span //= 2
         plus, minus = at + above_low, at + below_low
         events = 2 * row * times
-        code = tl.where(alive, 2 * key, -1).to(tl.int64)
-        store_pairs(p_event, events + plus, code, value, m_at)
-        store_pairs(p_event, events + minus, tl.where(alive, code + 1, -1), value - unit, m_at)
+        tl.store(p_code + events + plus, tl.where(alive, 2 * key, -1), mask=m_at)
+        tl.store(p_code + events + minus, tl.where(alive, 2 * key + 1, -1), mask=m_at)
+        tl.store(p_edge + events + plus, value, mask=m_at)
+        tl.store(p_edge + events + minus, value - unit, mask=m_at)
         plus, minus = tl.where(alive, plus, 2 * times), tl.where(alive, minus, 2 * times)
-        store_pairs(p_key, row * times + key, (minus.to(tl.int64) << 32) | plus.to(tl.int64), value, m_at)
+        tl.store(p_place + row * times + key, (minus.to(tl.int64) << 32) | plus.to(tl.int64), mask=m_at)
 
 
 class Ranked(NamedTuple):
@@ -176,7 +160,7 @@ def empty_ranks(grid: Quantized) -> Ranked:
     """Room for the order of keys."""
     value = grid.value
     code, rank = (torch.empty_like(value, dtype=torch.int32) for _ in range(2))
-    return Ranked(torch.empty_like(value), Events(code, rank, grid.length))
+    return Ranked(torch.empty_like(value), Events(code, value, value, rank, grid.length))
 
 
 def ranked(order: Tensor, score: Tensor, grid: Quantized) -> Ranked:
@@ -185,8 +169,8 @@ def ranked(order: Tensor, score: Tensor, grid: Quantized) -> Ranked:
     found = empty_ranks(grid)
     launch(
         _rank, (rows, cdiv(times, _BLOCK)),
-        (order, score, grid.step, grid.center, grid.top, grid.bottom, found.value, *found.counted[:2]), (times,),
-        BLOCK=_BLOCK,
+        (order, score, grid.step, grid.center, grid.top, grid.bottom, found.value, found.counted.code,
+         found.counted.place), (times,), BLOCK=_BLOCK,
     )  # fmt: skip
     return found
 
@@ -200,12 +184,16 @@ def merged_events(keys: Ranked, grid: Quantized, segments: tuple[Tensor, Tensor]
     value = grid.value
     rows, times = value.shape
 
-    event, key = (torch.empty(rows, n, 2, dtype=torch.int64, device=value.device) for n in (2 * times, times))
-    start, end = segments if segments is not None else (keys.counted.event, keys.counted.event)
+    def made(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, count, dtype=dtype, device=value.device)
+
+    code, edge = made(2 * times, torch.int32), made(2 * times, torch.int64)
+    place = made(times, torch.int64)
+    start, end = segments if segments is not None else (keys.counted.code, keys.counted.code)
     block = 512 if rows * times > _FEW else 128
     launch(
         _merge, (rows, cdiv(times, block)),
-        (keys.counted.event, keys.value, grid.alive, grid.length, grid.counts, start, end, grid.unit, event, key),
+        (keys.counted.code, keys.value, grid.alive, grid.length, grid.counts, start, end, grid.unit, code, edge, place),
         (times,), SEGMENTS=segments is not None, BLOCK=block, SAMPLES=_SAMPLES,
     )  # fmt: skip
-    return Events(event, key, grid.length)
+    return Events(code, edge, value, place, grid.length)

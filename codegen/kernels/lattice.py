@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.codegen.kernels.events import edges_at, load_events
+from flexsparse.codegen.kernels.events import load_events
 
 
 @triton.jit
@@ -53,17 +53,17 @@ def is_within(x, weight, moment, edge, low, high, room, COUNT: tl.constexpr):
 
 
 @triton.jit
-def own_events(p_key, p_unit, row, key, m_key, x, times, COUNT: tl.constexpr):
+def own_events(p_value, p_place, p_unit, row, key, m_key, x, times, COUNT: tl.constexpr):
     """Weight and moment that the events of keys before position x bring in; no load waits for another."""
     at = row * times + key
+    place = tl.load(p_place + at, mask=m_key, other=0)
+    plus = m_key & (place.to(tl.int32) < x)
     if COUNT:
         weight = tl.zeros_like(key)
-        moment = (m_key & (tl.load(p_key + at, mask=m_key, other=0) < x)).to(tl.int32)
+        moment = plus.to(tl.int32)
     else:
-        place = tl.load(p_key + 2 * at, mask=m_key, other=0)
-        value = tl.load(p_key + 2 * at + 1, mask=m_key, other=0)
-        plus = m_key & (place.to(tl.int32) < x)
         minus = m_key & ((place >> 32).to(tl.int32) < x)
+        value = tl.load(p_value + at, mask=m_key, other=0)
         weight = plus.to(tl.int32) - minus.to(tl.int32)
         moment = tl.where(minus, tl.load(p_unit + row), tl.where(plus, value, 0))
     return weight, moment
@@ -96,7 +96,7 @@ def _clear(p_column, n_columns, share, SHARE: tl.constexpr):
 
 @triton.jit
 def table(
-    p_event, p_length, p_weight, p_moment, p_column, times, events, chunk, n_slices, size, n_columns, share,
+    p_code, p_edge, p_length, p_weight, p_moment, p_column, times, events, chunk, n_slices, size, n_columns, share,
     COUNT: tl.constexpr, HALVINGS: tl.constexpr, PREFIXES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the events of one slice of positions, for the prefix of each chunk and those before it."""
@@ -113,7 +113,7 @@ def table(
     stop_event = tl.minimum((part + 1) * size, count)
     for first in range(part * size, stop_event, BLOCK):
         o_event = first + tl.arange(0, BLOCK)
-        time, w, m = load_events(p_event, row * events + o_event, o_event < stop_event, COUNT)
+        time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < stop_event, COUNT)
         earlier = time[None, :] < stop[:, None]
         if not COUNT:
             weight += tl.where(earlier, w[None, :], 0)
@@ -126,7 +126,7 @@ def table(
 
 @triton.jit
 def table_of_many(
-    p_event, p_length, p_weight, p_moment, p_column, times, events, chunk, n_slices, size, n_columns, share,
+    p_code, p_edge, p_length, p_weight, p_moment, p_column, times, events, chunk, n_slices, size, n_columns, share,
     COUNT: tl.constexpr, HALVINGS: tl.constexpr, PREFIXES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """As ``table``, for more prefixes than lanes: those have prefixes, and all of them take an event at a time."""
@@ -143,7 +143,7 @@ def table_of_many(
     for first in range(part * size, stop_event, UNROLL):
         for step in tl.static_range(UNROLL):
             o_event = first + step
-            time, w, m = load_events(p_event, row * events + o_event, o_event < stop_event, COUNT)
+            time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, o_event < stop_event, COUNT)
             earlier = time < stop
             if not COUNT:
                 weight += tl.where(earlier, w, 0)
@@ -156,7 +156,7 @@ def table_of_many(
 
 @triton.jit
 def _bucket_reached(
-    p_event, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
+    p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
     times, events, budget, chunk, bucket, n_slices,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +177,7 @@ def _bucket_reached(
     x = number * bucket
     edge = tl.zeros([BUCKETS], tl.int64)
     if not COUNT:
-        edge = edges_at(p_event, row * events + x, x < count)
+        edge = tl.load(p_edge + row * events + x, mask=x < count, other=0)
     t = tl.minimum(column * chunk, length) + tl.arange(0, 1)
     low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, length, budget, COUNT, SEGMENTS)
     beyond = is_within(x, upto_weight - weight, upto_moment - moment, edge, low, high, room, COUNT)
@@ -186,7 +186,7 @@ def _bucket_reached(
 
 @triton.jit
 def outline(
-    p_event, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_column, p_corner_weight, p_corner_moment,
+    p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, p_column, p_corner_weight, p_corner_moment,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_slices,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, PREFIXES: tl.constexpr, BUCKETS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -196,11 +196,11 @@ def outline(
     halvings = halvings_of(p_length, row, times, HALVINGS)
     chunk, bucket = chunk >> halvings, bucket >> halvings
     highest, upto_weight, upto_moment = _bucket_reached(
-        p_event, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
+        p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column,
         times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
     )  # fmt: skip
     lowest, _, _ = _bucket_reached(
-        p_event, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column + 1,
+        p_edge, p_length, p_counts, p_start, p_end, p_unit, p_weight, p_moment, row, column + 1,
         times, events, budget, chunk, bucket, n_slices, COUNT, SEGMENTS, PREFIXES, BUCKETS, SLICES,
     )  # fmt: skip
     number = tl.arange(0, BUCKETS)
@@ -214,7 +214,7 @@ def outline(
 
 @triton.jit
 def _parts_reached(
-    p_event, p_counts, p_start, p_end, p_unit, row, bucket, t, weight, moment, top_weight, top_moment,
+    p_edge, p_counts, p_start, p_end, p_unit, row, bucket, t, weight, moment, top_weight, top_moment,
     times, length, events, count, budget, size, COUNT: tl.constexpr, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Which of a bucket's parts the prefixes of t times [T] reach, and their sums up to each part's end [T, FACTOR].
@@ -232,8 +232,8 @@ def _parts_reached(
     edge = tl.zeros([FACTOR], tl.int64)
     top_edge = tl.zeros([], tl.int64)
     if not COUNT:
-        edge = edges_at(p_event, row * events + x, x < count)
-        top_edge = edges_at(p_event, row * events + top, top < count)
+        edge = tl.load(p_edge + row * events + x, mask=x < count, other=0)
+        top_edge = tl.load(p_edge + row * events + top, mask=top < count, other=0)
     low, high, room = limits(p_counts, p_start, p_end, p_unit, row, t, t >= 0, times, length, budget, COUNT, SEGMENTS)
     beyond = is_within(
         x[None, :], upto_weight - weight, upto_moment - moment, edge[None, :], low[:, None], high[:, None],
@@ -254,7 +254,7 @@ def _with_last(each, last, FACTOR: tl.constexpr):
 
 @triton.jit
 def refine(
-    p_event, p_key, p_length, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
+    p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
     times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
@@ -289,10 +289,10 @@ def refine(
                 inside = first + step * BLOCK + tl.arange(0, BLOCK)[:, None]  # [BLOCK, 1]
                 o_event = (coarse_bucket * FACTOR + inner)[None, :] * bucket + inside  # [BLOCK, FACTOR]
                 m_event = (inside < bucket) & (o_event < count)
-                time, w, m = load_events(p_event, row * events + o_event, m_event, COUNT)
+                time, w, m, _ = load_events(p_code, p_edge, row * events + o_event, m_event, COUNT)
                 key = (column * FACTOR + inner)[None, :] * chunk + inside
                 m_key = (inside < chunk) & (key < length)
-                own_w, own_m = own_events(p_key, p_unit, row, key, m_key, top, times, COUNT)
+                own_w, own_m = own_events(p_value, p_place, p_unit, row, key, m_key, top, times, COUNT)
                 own_moment += own_m
                 earlier = time[None, :, :] < t[:, None, None]
                 moment += tl.where(earlier, m[None, :, :], 0)
@@ -313,7 +313,7 @@ def refine(
             top_weight = tl.load(p_weight + cell) + tl.sum(tl.where(before, tl.sum(own_weight, 0)[None, :], 0), 1)
         prefix = tl.minimum((column * FACTOR + tl.minimum(number, FACTOR)) * chunk, length)
         highest, upto_weight, upto_moment = _parts_reached(
-            p_event, p_counts, p_start, p_end, p_unit, row, coarse_bucket, prefix, inside_weight, inside_moment,
+            p_edge, p_counts, p_start, p_end, p_unit, row, coarse_bucket, prefix, inside_weight, inside_moment,
             top_weight, top_moment, times, length, events, count, budget, bucket, COUNT, SEGMENTS, FACTOR,
         )  # fmt: skip
         # A column ends where the next one begins.

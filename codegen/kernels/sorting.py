@@ -133,20 +133,17 @@ def merged_runs(sorted_: Tensor, grid: Quantized, position: int) -> Ranked:
     rows, size = grid.value.shape
     found = empty_ranks(grid)
     room, run = sorted_.shape[1], BLOCK
-    merged = sorted_
+    merged = torch.empty_like(sorted_) if 2 * run < size else sorted_
     while True:
-        last = 2 * run >= size
-        if not last:
-            merged = torch.empty_like(sorted_)
         launch(
             _merged_pairs, (rows, min(cdiv(size, _TILE), cdiv(_PROGRAMS, rows))),
             (sorted_, merged, grid.length, grid.step, grid.center, grid.top, grid.bottom, found.value,
-             *found.counted[:2]), (size, room, run, 0 if run == BLOCK else run),
+             found.counted.code, found.counted.place), (size, room, run, 0 if run == BLOCK else run),
             TILE=_TILE, BITS=_TILE.bit_length() - 1, PROBES=_PROBES, POSITION=position, num_warps=_WARPS,
         )  # fmt: skip
-        if last:
+        if 2 * run >= size:
             return found
-        sorted_, run = merged, 2 * run
+        sorted_, merged, run = merged, sorted_, 2 * run
 
 
 def ranked_by_merging(grid: Quantized) -> Ranked:

@@ -122,7 +122,7 @@ def lattices_for(rows: int, times: int, size: int) -> Lattices:
 
     A walk takes up to chunk + bucket steps, each of which waits for memory: cells are made so small that the walkers
     fill a device, and no smaller, for every refinement reads the list again. It reads a cell's events and its chunk's
-    keys, 16 bytes each: about equal numbers of both, as in square cells, come close to the least. Factors beyond 8
+    keys, 12 bytes and 16: about equal numbers of both, as in square cells, come close to the least. Factors beyond 8
     would save a launch, but each event is compared with twice as many prefixes.
     """
     prefixes = _MOST_PREFIXES
@@ -133,6 +133,8 @@ def lattices_for(rows: int, times: int, size: int) -> Lattices:
     while wanted > _SMALLEST and rows * (times + size) < wanted * _WALKERS:
         wanted //= 2
     bits = max(0, (chunk // wanted).bit_length() - 1)
+    # A last halving is not worth a refinement more.
+    bits -= int(bits > _MOST_BITS and bits % _MOST_BITS == 1 and wanted < _LARGEST)
     levels = cdiv(bits, _MOST_BITS)
     # The finer refinements have the more cells; they get the larger share.
     factors = tuple(1 << ((bits + level) // levels) for level in range(levels))
@@ -154,13 +156,12 @@ def crossings(
     counts [R, S] int64 as in ``Quantized``; unit [R] int64; segments: the first time of each time's segment and the
     one past its last, [R, S] int32 both. A count takes every weight as 1, and g as the number of events before.
     """
-    rows, size = events.event.shape[:2]
-    none = events.key
-    start, end = segments if segments is not None else (none, none)
-    shared = (counts if counts is not None else none, start, end, unit if unit is not None else none)
+    rows, size = events.code.shape
+    start, end = segments if segments is not None else (events.place, events.place)
+    shared = (counts if counts is not None else events.place, start, end, unit if unit is not None else events.edge)
     lattices = lattices_for(rows, times, size)
     flags = {"COUNT": unit is None, "SEGMENTS": segments is not None, "HALVINGS": lattices.halvings}
-    levels, columns = _levels(rows, times, size, lattices, events.event.device)
+    levels, columns = _levels(rows, times, size, lattices, events.code.device)
     coarse = levels[0]
     _outline(events, shared, flags, coarse, columns, lattices, times, budget)
     for factor, fine in zip(lattices.factors, levels[1:], strict=True):
@@ -174,7 +175,7 @@ def crossings(
         )  # fmt: skip
         coarse = fine
     shape, dtype = ((rows, times), torch.int32) if unit is None else ((rows, times, 2), torch.int64)
-    found = torch.empty(shape, dtype=dtype, device=events.event.device)
+    found = torch.empty(shape, dtype=dtype, device=events.code.device)
     n_all = coarse.column.numel()
     launch(
         walk, (cdiv(n_all, _LANES),), (*events, *shared, *coarse.cells, found),
@@ -215,22 +216,22 @@ def _outline(
     lattices: Lattices, times: int, budget: int,
 ) -> None:  # fmt: skip
     """The path through the coarsest lattice, from a table over slices of positions; the others have no cells yet."""
-    rows, size = events.event.shape[:2]
+    rows, size = events.code.shape
     length, prefixes = lattices.slice, lattices.prefixes
     n_slices = cdiv(size, length)
-    weight = torch.empty(rows, prefixes, n_slices, dtype=torch.int32, device=events.event.device)
+    weight = torch.empty(rows, prefixes, n_slices, dtype=torch.int32, device=events.code.device)
     n_columns = columns.numel()
     moment = torch.empty_like(weight, dtype=torch.int64)
     many = prefixes > 32
     shape: dict[str, int] = {"UNROLL": min(16, length), "num_warps": 1} if many else {"BLOCK": min(128, length)}
     launch(
         table_of_many if many else table, (rows * n_slices,),
-        (events.event, events.length, weight, moment, columns),
+        (events.code, events.edge, events.length, weight, moment, columns),
         (times, size, coarse.chunk, n_slices, length, n_columns, cdiv(n_columns, rows * n_slices)),
         COUNT=flags["COUNT"], HALVINGS=flags["HALVINGS"], PREFIXES=prefixes, **shape,
     )  # fmt: skip
     launch(
-        outline, (rows * coarse.n_chunks,), (events.event, events.length, *shared, weight, moment, *coarse.cells),
+        outline, (rows * coarse.n_chunks,), (events.edge, events.length, *shared, weight, moment, *coarse.cells),
         (times, size, budget, *coarse.sizes, n_slices), **flags, PREFIXES=prefixes,
         BUCKETS=next_power_of_2(coarse.n_buckets), SLICES=coarse.bucket // length,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexsparse.codegen.kernels.arithmetic import cdiv
-from flexsparse.codegen.kernels.events import Events, edges_at
+from flexsparse.codegen.kernels.events import Events
 from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.pruning import Kept
@@ -24,7 +24,7 @@ _HIGHEST = 2**63 - 1
 
 @triton.jit
 def _threshold(
-    p_found, p_event, p_counts, p_upto, p_start, p_end, p_unit, p_step, p_center, p_nan,
+    p_found, p_edge, p_counts, p_upto, p_start, p_end, p_unit, p_step, p_center, p_nan,
     p_tau, p_floor, p_ceil, p_candidates, times, budget, after, lowest, highest,
     SEGMENTS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _threshold(
     moment = tl.load(p_found + 2 * prefix + 1, mask=some, other=0)
     nothing = some & (position < first)
     everything = ~nothing & (weight <= 0)
-    upper = edges_at(p_event, 2 * row * times + position, some & ~nothing)
+    upper = tl.load(p_edge + 2 * row * times + position, mask=some & ~nothing, other=0)
     # f falls by `weight` a step below `upper`, where it is still within the budget by `room`, which is not negative.
     room = tl.where(everything | nothing, 0, room - (moment - weight * upper))
     weight = tl.maximum(weight, 1)
@@ -99,7 +99,7 @@ def thresholds(
     block = 512 if rows * times > _FEW else 128
     launch(
         _threshold, (rows, cdiv(times, block)),
-        (found.found, events.event, grid.counts, grid.counts if kept is None else kept.upto, start, end, grid.unit,
+        (found.found, events.edge, grid.counts, grid.counts if kept is None else kept.upto, start, end, grid.unit,
          grid.step, grid.center, grid.first_nan, *out),
         (times, budget, after, _LOWEST, _HIGHEST), SEGMENTS=segments is not None, KEPT=kept is not None,
         BLOCK=block,

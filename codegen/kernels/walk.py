@@ -5,33 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexsparse.codegen.kernels.events import load_pairs, store_pairs
 from flexsparse.codegen.kernels.lattice import events_of, halvings_of, is_within, limits, own_events
 
 
 @triton.jit
-def _event_before(p_event, row, x, top, events, count, active, COUNT: tl.constexpr):
+def _event_before(p_code, p_edge, row, x, top, events, count, active, COUNT: tl.constexpr):
     """Code and value of the event before position x of each lane; at ``top``, or where there is none, -1."""
-    m_event, m_code = active & (x > 0) & (x <= count), active & (x > 0) & (x <= top)
-    at = row * events + x - 1
-    if COUNT:
-        code = tl.load(p_event + at, mask=m_code, other=-1)
-        edge = tl.zeros_like(row)
-    else:
-        code, edge = load_pairs(p_event, at, m_event)
-        code = tl.where(m_code, code, -1).to(tl.int32)
+    m_event = active & (x > 0)
+    code = tl.load(p_code + row * events + x - 1, mask=m_event & (x <= top), other=-1)
+    edge = tl.zeros_like(row)
+    if not COUNT:
+        edge = tl.load(p_edge + row * events + x - 1, mask=m_event & (x <= count), other=0)
     return code, edge
 
 
 @triton.jit
-def _key_at(p_key, row, t, stop, times, active, COUNT: tl.constexpr):
+def _key_at(p_place, p_value, row, t, stop, times, active, COUNT: tl.constexpr):
     """Place and value of the key at time t of each lane, before ``stop``."""
     m_key = active & (t < stop)
-    if COUNT:
-        place = tl.load(p_key + row * times + t, mask=m_key, other=0)
-        value = tl.zeros_like(row)
-    else:
-        place, value = load_pairs(p_key, row * times + t, m_key)
+    place = tl.load(p_place + row * times + t, mask=m_key, other=0)
+    value = tl.zeros_like(row)
+    if not COUNT:
+        value = tl.load(p_value + row * times + t, mask=m_key, other=0)
     return place, value
 
 
@@ -43,7 +38,7 @@ def _shifted(taken, first, second, third, fourth):
 
 @triton.jit
 def walk(
-    p_event, p_key, p_length, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
+    p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_corner_weight,
     p_corner_moment, p_result,
     times, events, budget, chunk, bucket, n_chunks, n_buckets, n_all,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, LANES: tl.constexpr,
@@ -68,7 +63,7 @@ def walk(
     top = tl.minimum((number + 1) * bucket, count)
     bottom = tl.where(number == 0, -1, number * bucket)
     stop = tl.minimum((column + 1) * chunk, length)
-    w, m = own_events(p_key, p_unit, row, column * chunk, active, top, times, COUNT)
+    w, m = own_events(p_value, p_place, p_unit, row, column * chunk, active, top, times, COUNT)
     weight += w
     moment += m
     t = column * chunk + 1
@@ -86,14 +81,14 @@ def walk(
     while tl.max(active.to(tl.int32), 0) > 0:
         # Each step takes an event or a key, and it is not known before which. The next four of both are loaded
         # together, so that four steps wait for memory once.
-        code, edge = _event_before(p_event, row, x, top, events, count, active, COUNT)
-        code_1, edge_1 = _event_before(p_event, row, x - 1, top, events, count, active, COUNT)
-        code_2, edge_2 = _event_before(p_event, row, x - 2, top, events, count, active, COUNT)
-        code_3, edge_3 = _event_before(p_event, row, x - 3, top, events, count, active, COUNT)
-        place, value = _key_at(p_key, row, t, stop, times, active, COUNT)
-        place_1, value_1 = _key_at(p_key, row, t + 1, stop, times, active, COUNT)
-        place_2, value_2 = _key_at(p_key, row, t + 2, stop, times, active, COUNT)
-        place_3, value_3 = _key_at(p_key, row, t + 3, stop, times, active, COUNT)
+        code, edge = _event_before(p_code, p_edge, row, x, top, events, count, active, COUNT)
+        code_1, edge_1 = _event_before(p_code, p_edge, row, x - 1, top, events, count, active, COUNT)
+        code_2, edge_2 = _event_before(p_code, p_edge, row, x - 2, top, events, count, active, COUNT)
+        code_3, edge_3 = _event_before(p_code, p_edge, row, x - 3, top, events, count, active, COUNT)
+        place, value = _key_at(p_place, p_value, row, t, stop, times, active, COUNT)
+        place_1, value_1 = _key_at(p_place, p_value, row, t + 1, stop, times, active, COUNT)
+        place_2, value_2 = _key_at(p_place, p_value, row, t + 2, stop, times, active, COUNT)
+        place_3, value_3 = _key_at(p_place, p_value, row, t + 3, stop, times, active, COUNT)
         for _ in tl.static_range(4):
             last = x - 1
             earlier = (code >= 0) & ((code >> 1) < t)
@@ -110,7 +105,10 @@ def walk(
             if COUNT:
                 tl.store(p_result + target, x, mask=m_target)
             else:
-                store_pairs(p_result, target, (weight.to(tl.int64) << 32) | x.to(tl.int64), moment, m_target)
+                # One store of 16 bytes: each lane writes a line of its own.
+                both = tl.join((weight.to(tl.int64) << 32) | x.to(tl.int64), moment)
+                pair = 2 * target[:, None] + tl.arange(0, 2)[None, :]
+                tl.store(p_result + pair, both, mask=m_target[:, None])
             back = active & ~within
             x = tl.where(back, last, x)
             weight = tl.where(back, weight - w, weight)

@@ -29,7 +29,7 @@ _LONGEST = 1 << 24
 _ONE_PROGRAM = 8192
 _MANY_ROWS = 64
 # Scores of rows that are worked on together. Fewer would leave a GPU idle, more need room: some 100 bytes a score.
-_TOGETHER = 2 << 20
+_TOGETHER = 1 << 22
 # Rows from this length on keep a GPU busy one by one.
 _ALONE = 1 << 20
 # From so many scores on the host is done before the GPU.
@@ -182,7 +182,7 @@ def _find_lifetimes(
     chunk: int,
 ) -> None:
     found = staircase.crossings(keys.counted, grid.value.shape[1], budget - 1, segments=bounds)
-    lifetime_kernels.lifetimes(found.reach, keys.counted.key, grid, budget, after, bounds, kept, out)
+    lifetime_kernels.lifetimes(found.reach, keys.counted.place, grid, budget, after, bounds, kept, out)
     if table is not None:
         lifetime_kernels.slot_table(*out, table, chunk)
 

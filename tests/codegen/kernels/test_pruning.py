@@ -129,6 +129,6 @@ def test_merged_runs_are_in_order_with_the_earlier_key_first_on_ties(size: int, 
     for row in range(3):
         order = u[row].sort(descending=True, stable=True).indices
         assert int(grid.length[row]) == size
-        assert torch.equal(keys.counted.event[row].cpu().long() >> 1, order)
-        assert torch.equal(keys.counted.key[row].cpu().long()[order], torch.arange(size))
+        assert torch.equal(keys.counted.code[row].cpu().long() >> 1, order)
+        assert torch.equal(keys.counted.place[row].cpu().long()[order], torch.arange(size))
         assert torch.equal(keys.value[row].cpu(), grid.value[row].cpu()[order])

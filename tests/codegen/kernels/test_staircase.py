@@ -107,8 +107,7 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
 
     monkeypatch.setattr(staircase, "_levels", kept)
     found = staircase.crossings(events, times, budget, segments=bounds, **given)
-    size = events.event.shape[1]
-    code, edge = (events.event, events.event) if count else events.event.unbind(-1)
+    size = events.code.shape[1]
     scale = size // times
     for row in range(2):
         start = torch.zeros(times, dtype=torch.long) if bounds is None else bounds[0][row].cpu().long()
@@ -118,7 +117,7 @@ def test_every_cell_and_every_crossing_is_that_of_its_prefix_alone(
             infinite = torch.cat([torch.zeros(1, dtype=torch.long), grid.counts[row].cpu() >> 32])
             room = (budget - (infinite[1:] - infinite[start])) * int(grid.unit[row])
         wanted = twin(
-            code[row].cpu(), edge[row].cpu(), times, room, scale * (times - end), scale * (times - start),
+            events.code[row].cpu(), events.edge[row].cpu(), times, room, scale * (times - end), scale * (times - start),
             count=count,
         )  # fmt: skip
         t = torch.arange(1, times + 1)
