@@ -24,7 +24,6 @@ from gpu_check import environment
 
 import flexsparse as fs
 from flexsparse import ops
-from flexsparse.codegen.kernels.pruning import PRUNING
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 PATTERNS = ("sliding_window(40) | sparsek(24, after=40)", "causal() & (sinks(2) | topk(9, after=3, gate='v'))")
@@ -47,8 +46,7 @@ def _run_all() -> None:
         u = torch.randn(rows, size, device="cuda", requires_grad=True)
         documents = torch.arange(size, device="cuda").div(size // 3, rounding_mode="floor").expand(rows, size)
         # With segments no key is left out.
-        for segments, pruning in ((None, "0"), (None, "1"), (documents, "0")):
-            os.environ[PRUNING] = pruning
+        for segments in (None, documents):
             thresholds, selection = ops.causal_select(u, 33, 7, segments)
             torch.autograd.grad(thresholds.tau.nan_to_num(neginf=0.0).sum(), u)
             ops.slot_table(selection, 33, 64)

@@ -6,14 +6,13 @@ Times are of the GPU under graph replay, medians: ``forward_ms`` covers threshol
 for chunks of 128 queries; ``backward_ms`` the gradient of the thresholds. Beside them: torch.sort of the scores, and
 torch.topk of every 128th prefix in turn, which is what a chunked top-k without lifetimes takes. ``peak_bytes`` is what
 the forward needs beyond scores and results, for each score; ``kernels_us`` with ``--kernels`` what each kernel takes in
-eager calls. ``pruning`` says whether FLEXSPARSE_PRUNING was set.
+eager calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from gpu_check import environment
 
-from flexsparse.codegen.kernels.pruning import PRUNING
 from flexsparse.ops import causal_select
 
 SHAPES = ((16, 4096), (16, 65536), (512, 16384), (8, 1 << 20))
@@ -117,8 +115,7 @@ def main() -> int:
             peers = regime == "normal" and size <= 65536 and count < 100
             rows.append(measure(regime, count, size, arguments.k, peers, arguments.kernels))
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    pruning = os.environ.get(PRUNING) == "1"
-    result = {"environment": environment(arguments.commit), "chunk": CHUNK, "pruning": pruning, "rows": rows}
+    result = {"environment": environment(arguments.commit), "chunk": CHUNK, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

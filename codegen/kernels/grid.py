@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
 
     ``counts``: how many finite scores stand at or before each position, plus 2^32 times how many are +inf.
     ``first_nan``: the position of the row's first NaN, S without one. ``score``: u with -inf for NaN. ``score`` and
-    ``counts`` are left as they were allocated where only values are wanted.
+    ``counts`` are left as they were allocated where only values are wanted, ``alive`` where keys are left out.
     """
 
     value: Tensor  # [R, S] int64
@@ -79,7 +79,8 @@ def grid_values(given, step, center, top, bottom):
     u = given.to(tl.float64)
     finite = tl.abs(u) < infinity
     above = u == infinity
-    value = rounded((tl.where(finite, u, tl.where(above, top, bottom)) - center) / step).to(tl.int64)
+    # A step is a power of two, and so is its inverse.
+    value = rounded((tl.where(finite, u, tl.where(above, top, bottom)) - center) * (1.0 / step)).to(tl.int64)
     counted = tl.where(finite, 1, tl.where(above, 4294967296, 0)).to(tl.int64)
     return value, tl.where(finite, 1, tl.where(above, 2, 0)).to(tl.int8), counted
 
@@ -184,15 +185,18 @@ def bits_for(size: int) -> int:
     return 60 - max(size, 1).bit_length()
 
 
-def empty_grid(u: Tensor, *, counted: bool, scored: bool = False) -> Quantized:
-    """Room for the grid of rows u [R, S]: for ``counts`` where they are ``counted``, for ``score`` where ``scored``."""
+def empty_grid(u: Tensor, *, counted: bool, scored: bool = False, whole: bool = True) -> Quantized:
+    """Room for the grid of rows u [R, S]: for ``counts`` where they are ``counted``, for ``score`` where ``scored``.
+
+    Only ``whole`` rows, of which no key is left out, have room for ``alive``.
+    """
     rows, size = u.shape
 
     def made(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(rows, *shape, dtype=dtype, device=u.device)
 
     real, long = torch.float64, torch.int64
-    value, alive, counts = made(long, size), made(torch.int8, size), made(long, size if counted else 0)
+    value, alive, counts = made(long, size), made(torch.int8, size if whole else 0), made(long, size if counted else 0)
     score = made(u.dtype, size if scored else 0)
     unit, first_nan, length = made(long), made(torch.int32), made(torch.int32)
     return Quantized(

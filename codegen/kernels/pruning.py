@@ -13,7 +13,6 @@ logarithm of the length. Where scores rise as fast as the sets are renewed, all 
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -25,12 +24,10 @@ from flexsparse.codegen.kernels.arithmetic import cdiv, next_power_of_2
 from flexsparse.codegen.kernels.grid import Quantized, bits_for, empty_grid, grid_of_row, grid_values
 from flexsparse.codegen.kernels.launch import launch
 
-# "1" in the environment: keys are left out.
-PRUNING = "FLEXSPARSE_PRUNING"
 # Keys at a time, blocks of a row at most, scores that the levels are taken from, and how many levels.
 _BLOCK, _MOST_BLOCKS, _SAMPLES, _LEVELS = 1024, 256, 64, 8
 # Warps of programs that sum and of those that compact.
-_WARPS = 4, 8
+_WARPS = 4, 4
 # f is summed in float32, from scores that are not on the grid: shares of k for both, rounded up by a multiple.
 _SUMMED, _ON_GRID = 1.001, 0.0005
 
@@ -205,8 +202,8 @@ def _compacted(
 
 
 def takes(u: Tensor) -> bool:
-    """Whether it is asked for, and the scores u [R, S] fit float32, in which bounds are found."""
-    return os.environ.get(PRUNING) == "1" and u.dtype != torch.float64
+    """Whether the scores u [R, S] fit float32, in which bounds are found."""
+    return u.dtype != torch.float64
 
 
 def pruned(u: Tensor, k: int, after: int, left: Left) -> tuple[Quantized, Kept]:
@@ -222,7 +219,7 @@ def pruned(u: Tensor, k: int, after: int, left: Left) -> tuple[Quantized, Kept]:
         return torch.empty(rows, *shape, dtype=dtype, device=u.device)
 
     real = torch.float64
-    found = empty_grid(u, counted=True, scored=True)
+    found = empty_grid(u, counted=True, scored=True, whole=False)
     kept = Kept(made(torch.int32, size), made(torch.int32, size))
     level, exceeding = made(torch.float32, _LEVELS), made(torch.float32, n_blocks, _LEVELS)
     extents = made(real, n_blocks), made(real, n_blocks), made(torch.int32, n_blocks)

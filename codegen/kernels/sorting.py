@@ -21,6 +21,8 @@ from flexsparse.codegen.kernels.launch import launch
 # Keys that one program sorts; keys of a tile that is merged, its warps, and places of a run that are probed at a time.
 BLOCK = 1024
 _TILE, _WARPS, _PROBES = 512, 1, 64
+# So few keys are merged in smaller tiles, as nothing else would fill a device.
+_FEW, _SMALL_TILE = 1 << 18, 128
 # About how many programs a launch has: those of rows shorter than their room have nothing to do.
 _PROGRAMS = 1 << 12
 # Bits of a key's number, beside the 32 of its score; a shorter row has some more for its segment.
@@ -133,13 +135,14 @@ def merged_runs(sorted_: Tensor, grid: Quantized, position: int) -> Ranked:
     rows, size = grid.value.shape
     found = empty_ranks(grid)
     room, run = sorted_.shape[1], BLOCK
+    tile = _TILE if rows * size > _FEW else min(_TILE, _SMALL_TILE)
     merged = torch.empty_like(sorted_) if 2 * run < size else sorted_
     while True:
         launch(
-            _merged_pairs, (rows, min(cdiv(size, _TILE), cdiv(_PROGRAMS, rows))),
+            _merged_pairs, (rows, min(cdiv(size, tile), cdiv(_PROGRAMS, rows))),
             (sorted_, merged, grid.length, grid.step, grid.center, grid.top, grid.bottom, found.value,
              found.counted.code, found.counted.place), (size, room, run, 0 if run == BLOCK else run),
-            TILE=_TILE, BITS=_TILE.bit_length() - 1, PROBES=_PROBES, POSITION=position, num_warps=_WARPS,
+            TILE=tile, BITS=tile.bit_length() - 1, PROBES=_PROBES, POSITION=position, num_warps=_WARPS,
         )  # fmt: skip
         if 2 * run >= size:
             return found

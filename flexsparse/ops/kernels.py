@@ -1,4 +1,4 @@
-"""The operators on a GPU. Causal ones: one sort of the scores, and the kernels of ``codegen.kernels`` around it."""
+"""The operators on a GPU. Causal ones: keys that may ever count are sorted, and searched for all prefixes at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ONE_PROGRAM = 8192
 _MANY_ROWS = 64
 # Scores of rows that are worked on together. Fewer would leave a GPU idle, more need room: some 100 bytes a score.
 _TOGETHER = 1 << 22
-# Rows from this length on keep a GPU busy one by one.
+# Rows from this length on are taken one by one, so that what they need in between is little of the results.
 _ALONE = 1 << 20
 # From so many scores on the host is done before the GPU.
 _BESIDE = 1 << 21
@@ -115,7 +115,7 @@ def _select_group(
     size = u.shape[1]
     # Beyond the row both mean the whole of it, and so fit 32 bits.
     budget, after = min(k, size), min(after, size)
-    key = ("select", budget, after, chunk, finite, bounds is None, pruning.takes(u), *[x is None for x in wanted])
+    key = ("select", budget, after, chunk, finite, bounds is None, *[x is None for x in wanted])
     two = _side_by_side(u) and None not in wanted[:2]
 
     def run() -> None:

@@ -11,7 +11,6 @@ from triton.runtime.jit import JITFunction
 
 from flexsparse.codegen.kernels.gate_inputs import Finite
 from flexsparse.codegen.kernels.next_changes import next_changes
-from flexsparse.codegen.kernels.pruning import PRUNING
 from flexsparse.codegen.kernels.slot_records import slot_records
 from flexsparse.codegen.kernels.slot_sums import add_slot_sums
 from flexsparse.explorer.targets import find_target
@@ -62,9 +61,6 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, monkeypatch: p
             for scores in (None, u.float()):
                 slot_records(table, lived.death, scores, 16)
             kernels.threshold_gradient(u, u, points, points, 3, segments)
-    monkeypatch.setenv(PRUNING, "1")
-    for size in (5000, 100_000):
-        kernels.select(torch.randn(2, size), 40, 3, None, thresholds=True, lifetimes=True)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for shape in ((1, 300), (70, 20_000), (1, 40_000)):
             z = torch.zeros(shape, dtype=dtype)

@@ -32,7 +32,6 @@ if not INTERPRETED:
 def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from flexsparse.codegen.kernels import lifetimes, pruning, short_rows, sorting, staircase
 
-    monkeypatch.setenv(pruning.PRUNING, "1")
     monkeypatch.setattr(short_rows, "takes", lambda _: False)
     monkeypatch.setattr(pruning, "_BLOCK", 16)
     monkeypatch.setattr(pruning, "_MOST_BLOCKS", 8)
