@@ -256,7 +256,7 @@ def _with_last(each, last, FACTOR: tl.constexpr):
 def refine(
     p_code, p_edge, p_value, p_place, p_length, p_counts, p_start, p_end, p_unit, p_column, p_weight, p_moment,
     p_new_column, p_new_weight, p_new_moment,
-    times, events, budget, coarse_buckets, coarse_cells, chunk, bucket, n_chunks, n_buckets,
+    times, events, budget, coarse_buckets, coarse_cells, whole_chunk, whole_bucket, n_chunks, n_buckets,
     COUNT: tl.constexpr, SEGMENTS: tl.constexpr, HALVINGS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -266,7 +266,7 @@ def refine(
     if column >= 0:
         row = cell.to(tl.int64) // coarse_cells
         halvings = halvings_of(p_length, row, times, HALVINGS)
-        chunk, bucket = chunk >> halvings, bucket >> halvings
+        chunk, bucket = whole_chunk >> halvings, whole_bucket >> halvings
         coarse_bucket = column + coarse_buckets - 1 - cell % coarse_cells
         inner = tl.arange(0, FACTOR)
         t = (column * FACTOR + inner) * chunk

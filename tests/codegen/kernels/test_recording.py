@@ -302,7 +302,7 @@ def test_selections_and_their_gradients_are_repeated_and_keep_their_bits(monkeyp
     from flexsparse.ops import causal_select
 
     monkeypatch.setattr(recording, "_recordings", {})
-    for rows, size, segmented in ((16, 3000, False), (3, 20000, False), (2, 5000, True), (80, 40000, False)):
+    for rows, size, segmented in ((16, 3000, False), (3, 20000, False), (2, 5000, True), (120, 40000, False)):
         found: list[list[Tensor]] = []
         for again in (False, True, True):
             generator = torch.Generator("cuda").manual_seed(rows + again)
