@@ -36,6 +36,9 @@ _HOST_ROWS = 1 << 12
 _GRID = 1 << 18
 # Values of ``after`` whose tiles are kept; as a number of the call it may be another each time.
 _KEPT = 4
+# Tiles of all heads from which an untraced function is looked at on an accelerator. A look is made anew at each call,
+# of many small operations: some 50 ms, in which an H200 computes so many tiles, forward and backward.
+LOOKED_AT = 1 << 19
 # Unknown tiles a row from which on its queries are solved one by one instead.
 _MANY = 4
 
@@ -210,7 +213,7 @@ def _looked_at(mask: Node, tiles: Listed, sizes: Sizes, region: Region, block: i
     b, h = region.ranges["b"].low.flatten(), region.ranges["h"].low.flatten()
     boxes = _boxes(b[at[0]], h[at[1]], row, column, sizes, block)
     # Selections change with every call: their tiles are judged by bounds alone, which is sound and quick.
-    exact = not any(isinstance(n, Selected | Chosen) for n in walk(mask))
+    exact = not any(isinstance(n, Selected | Chosen) for n in walk(mask)) and _repays(mask, tiles, sizes, region.device)
     look = None
     if exact and _fills_its_grid(mask, tiles):
         look = _look_by_rows(mask, tiles, sizes, block, region).at(at)
@@ -249,6 +252,14 @@ def _boxes(b: Tensor, h: Tensor, row: Tensor, column: Tensor, sizes: Sizes, bloc
     q_low, kv_low = row * block + sizes.q_offset, column * block
     q_high = (q_low + block - 1).clamp(max=sizes.q_offset + sizes.q_len - 1)
     return Boxes(b, h, q_low, q_high, kv_low, (kv_low + block - 1).clamp(max=sizes.kv_len - 1))
+
+
+def _repays(mask: Node, tiles: Listed, sizes: Sizes, device: torch.device) -> bool:
+    """Whether knowing the kinds of tiles saves more than looking at them takes."""
+    if device.type == "cpu" or not any(isinstance(n, Opaque) for n in walk(mask)):
+        return True
+    batch, heads, _ = tiles.count.shape
+    return len(tiles.column) * (sizes.batch // batch) * (sizes.heads // heads) >= LOOKED_AT
 
 
 def _fills_its_grid(mask: Node, tiles: Listed) -> bool:

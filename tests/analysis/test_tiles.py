@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flexsparse as fs
+from flexsparse.analysis.lists import Listed
 from flexsparse.analysis.tiles import EMPTY, FULL, PARTIAL, Sizes, classify, index_errors
+from flexsparse.analysis.tiles import _repays as repays
 from flexsparse.codegen.block_mask import make_block_mask
 from flexsparse.ir.lower import lower
 from flexsparse.language import b, captured, kv, log, q, sqrt
@@ -224,3 +226,29 @@ def test_numbers_beyond_a_tensors_dtype_are_compared_as_numbers(dtype: torch.dty
         dense = fs.dense_mask(mask, 64, doc=ids)
         assert_tiles_sound(tiles.kinds, BLOCK, dense)
         assert torch.equal(tiles.kinds, exact_kinds(dense, BLOCK))
+
+
+def untraced(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return torch.sin(1.0 * kv) > -0.5
+
+
+def test_an_untraced_function_is_looked_at_on_an_accelerator_where_that_repays() -> None:
+    opaque, traced = (lower(pattern).mask for pattern in (fs.from_flex(untraced), fs.parse("causal & sinks(2)")))
+    tiles, gpu = Listed(torch.full((1, 1, 4), 2, dtype=torch.int32), torch.zeros(8, dtype=torch.int32), 4), "cuda"
+    for mask, heads, device, expected in (
+        (opaque, 16, "cpu", True),
+        (opaque, 16, gpu, False),
+        (opaque, 1 << 15, gpu, True),
+        (traced, 16, gpu, True),
+    ):
+        assert repays(mask, tiles, Sizes(2, heads, 512, 512), torch.device(device)) == expected
+
+
+def test_tiles_of_an_untraced_function_that_is_not_looked_at_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern: Any = fs.from_flex(untraced) & P["sliding_window"](20)
+    looked_at, dense = tiles_and_mask(pattern, 75)
+    monkeypatch.setattr("flexsparse.analysis.tiles._repays", lambda *_: False)
+    kinds, _ = tiles_and_mask(pattern, 75)
+    assert_tiles_sound(kinds, BLOCK, dense)
+    assert (kinds == PARTIAL).sum() >= (looked_at == PARTIAL).sum()
+    assert ((kinds == PARTIAL) | (kinds == EMPTY)).all()

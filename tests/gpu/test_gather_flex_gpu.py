@@ -48,6 +48,15 @@ def test_any_turnover_of_slots_at_length(slope: float) -> None:
     assert not failures(HYBRID, call)
 
 
+def test_a_function_that_cannot_be_traced_is_within_the_policy() -> None:
+    def near(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return torch.sin(1.0 * kv) > -0.5
+
+    pattern: Any = HYBRID & fs.from_flex(near)
+    assert fs.compile(pattern).ir.opaque
+    assert not failures(pattern, call_of(pattern, 1000, torch.bfloat16, head_dim=64, batch=1))
+
+
 def test_gradients_of_copies_have_the_same_bits_in_two_runs() -> None:
     pattern: Any = P["sliding_window"](200) | P["sparsek"](256, after=200, gate="none")
     call = call_of(pattern, 4000, torch.bfloat16, head_dim=64, batch=1)
