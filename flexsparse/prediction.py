@@ -48,10 +48,8 @@ _COUNTED = 16384
 def predict_calls(program: Program, shapes: Shapes, block: int, backends: tuple[str, ...]) -> Mapping[str, float]:
     """Seconds of a whole call on a GPU, with its backward pass where ``shapes`` want gradients, by backend."""
     device = _device(shapes)
-    return {
-        name: _PREDICTED[name](program, shapes, block, device) + _host(name, program, shapes, block)
-        for name in backends
-    }
+    call = program, shapes, block
+    return {name: _PREDICTED[name](*call, device) + _host(name, *call) for name in backends}
 
 
 def tile_seconds(device: Hardware, shapes: Shapes, block: int, partial: int, full: int) -> float:

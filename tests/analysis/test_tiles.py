@@ -233,7 +233,7 @@ def untraced(b: Any, h: Any, q: Any, kv: Any) -> Any:
 
 
 def test_an_untraced_function_is_looked_at_on_an_accelerator_where_that_repays() -> None:
-    opaque, traced = (lower(pattern).mask for pattern in (fs.from_flex(untraced), fs.parse("causal & sinks(2)")))
+    opaque, traced = (fs.compile(pattern).ir.mask for pattern in (fs.from_flex(untraced), "causal & sinks(2)"))
     tiles, gpu = Listed(torch.full((1, 1, 4), 2, dtype=torch.int32), torch.zeros(8, dtype=torch.int32), 4), "cuda"
     for mask, heads, device, expected in (
         (opaque, 16, "cpu", True),
