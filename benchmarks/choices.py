@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import pathlib
+import queue
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -142,12 +143,32 @@ def worker(pattern: str, backend: str, built: Any, turn: Any, rows: Any) -> None
         call.build()
     built.wait()
     with turn:
-        rows.put([call.measure() for call in calls])
+        for call in calls:
+            rows.put(call.measure())
+
+
+def gathered(measured: Any, count: int, limit: float) -> list[dict[str, Any]]:
+    """``count`` rows, or those that came within ``limit`` seconds."""
+    rows: list[dict[str, Any]] = []
+    end = time.monotonic() + limit
+    while len(rows) < count:
+        try:
+            rows.append(measured.get(timeout=max(0.0, end - time.monotonic())))
+        except queue.Empty:
+            print(f"Only {len(rows)} of {count} calls were measured in {limit:.0f} seconds.", file=sys.stderr)
+            break
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def rows_of(case: Case, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of one case."""
+    return [row for row in rows if all(row[name] == value for name, value in asdict(case).items())]
 
 
 def judged(case: Case, rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     """The fastest candidate of a case, what "auto" takes, and how much slower that is."""
-    mine = {r["backend"]: r[kind] for r in rows if all(r[k] == v for k, v in asdict(case).items()) and kind in r}
+    mine = {row["backend"]: row[kind] for row in rows_of(case, rows) if kind in row}
     shapes = {k: v for k, v in asdict(case).items() if k not in ("pattern", "length")}
     needs_grad = kind != "forward_ms"
     attention = fs.compile(pattern_of(case.pattern))
@@ -161,21 +182,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--limit", type=float, default=600, help="seconds; what was measured until then is kept")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
     context = multiprocessing.get_context("spawn")
     jobs = [(pattern, backend) for pattern, backends in CANDIDATES.items() for backend in backends]
-    built, turn, queue = context.Barrier(len(jobs)), context.Lock(), context.Queue()
-    workers = [context.Process(target=worker, args=(*job, built, turn, queue)) for job in jobs]
+    built, turn, measured = context.Barrier(len(jobs)), context.Lock(), context.Queue()
+    workers = [context.Process(target=worker, args=(*job, built, turn, measured)) for job in jobs]
     for process in workers:
         process.start()
-    rows = [row for _ in jobs for row in queue.get()]
+    rows = gathered(measured, sum(len(CANDIDATES[case.pattern]) for case in cases()), arguments.limit)
     for process in workers:
+        process.terminate()
         process.join()
-    choices = [judged(case, rows, kind) for kind in ("forward_ms", "forward_backward_ms") for case in cases()]
-    for one in (*rows, *choices):
+    whole = [case for case in cases() if len(rows_of(case, rows)) == len(CANDIDATES[case.pattern])]
+    choices = [judged(case, rows, kind) for kind in ("forward_ms", "forward_backward_ms") for case in whole]
+    for one in choices:
         print(json.dumps(one), flush=True)
     right = sum(one["right"] for one in choices)
     print(f"{right} of {len(choices)} choices are right", flush=True)

@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -40,21 +41,34 @@ def environment(commit: str) -> dict[str, object]:
     }
 
 
-def run(*command: str) -> dict[str, object]:
-    """A command with its exit code, its seconds and the end of what it printed, shown while it runs."""
+def run(*command: str, limit: float) -> dict[str, object]:
+    """A command with its exit code, its seconds and the end of what it printed, shown while it runs.
+
+    After ``limit`` seconds it is ended, and its exit code is negative.
+    """
     start = time.perf_counter()
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
+        clock = threading.Timer(limit, process.kill)
+        clock.start()
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
+        clock.cancel()
     return {
         "command": " ".join(["python", *command[1:]]),
         "exit_code": process.returncode,
         "seconds": round(time.perf_counter() - start, 1),
         "output": _portable("".join(lines)),
     }
+
+
+def counted(output: str) -> dict[str, int]:
+    """How the tests ended: from their summary, or where it is missing as they were cut off, one by one."""
+    found = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
+    ended = re.findall(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR) ", output, re.MULTILINE)
+    return found or {what.lower(): ended.count(what) for what in sorted(set(ended))}
 
 
 def _portable(text: str) -> str:
@@ -74,17 +88,17 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=folders, metavar="PATH", help="test files or folders")
     parser.add_argument("--no-demo", action="store_true", help="leave the demo out")
     parser.add_argument("--workers", type=int, default=16, help="test processes; most of the time is compilation")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds of the tests; those that end before count")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device here: this program measures one.", file=sys.stderr)
         return 2
     options = ["-v", "--durations=20", "-n", str(arguments.workers), "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    tests = run(sys.executable, "-m", "pytest", *arguments.tests, "-m", "gpu", *options)
-    demo = None if arguments.no_demo else run(sys.executable, "-m", "flexsparse", "demo")
-    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", str(tests["output"]))
+    tests = run(sys.executable, "-m", "pytest", *arguments.tests, "-m", "gpu", *options, limit=arguments.limit)
+    demo = None if arguments.no_demo else run(sys.executable, "-m", "flexsparse", "demo", limit=arguments.limit)
     result = {
         "environment": environment(arguments.commit),
-        "tests": {**{what: int(n) for n, what in counts}, **tests},
+        "tests": {**counted(str(tests["output"])), **tests},
         "demo": demo,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
