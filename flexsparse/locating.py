@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexsparse.analysis.tiles import EMPTY
 from flexsparse.compiler import CompiledAttention
-from flexsparse.dense import _Evaluator, _Sizes
+from flexsparse.dense_evaluator import DenseSizes, Evaluator
 from flexsparse.errors import FlexsparseError
 from flexsparse.execution import Runner
 from flexsparse.ir.nodes import (
@@ -85,8 +85,8 @@ class _Row:
         self.scale = check_scale(call.scale, call.query.shape[-1])
         shapes = shapes_of(call.query, call.key, call.value, 0)
         self.kv_len, self.block = shapes.kv_len, attention.settings.block_size
-        sizes = _Sizes(shapes.batch, shapes.heads, shapes.q_len, shapes.kv_len, 0, shapes.device)
-        self.shapes, self.evaluator = shapes, _Evaluator(sizes, call.captured, (call.query, call.key))
+        sizes = DenseSizes(shapes.batch, shapes.heads, shapes.q_len, shapes.kv_len, 0, shapes.device)
+        self.shapes, self.evaluator = shapes, Evaluator(sizes, call.captured, (call.query, call.key))
         self.dense = self.evaluator.pattern(self.node)
         keys = call.key.repeat_interleave(shapes.heads // shapes.kv_heads, 1)
         self.raw = call.query @ keys.transpose(-1, -2) * self.scale

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.dense import _Evaluator, _Sizes, reference
+from flexsparse.dense import reference
+from flexsparse.dense_evaluator import DenseSizes, Evaluator
 from flexsparse.expression import Pattern
 
 ULPS = 4
@@ -214,8 +215,8 @@ def plain(
     del return_lse
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    sizes = _Sizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], 0, query.device)
-    dense = _Evaluator(sizes, captured, (query, key)).pattern(pattern.node)
+    sizes = DenseSizes(query.shape[0], query.shape[1], query.shape[2], key.shape[2], 0, query.device)
+    dense = Evaluator(sizes, captured, (query, key)).pattern(pattern.node)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-1, -2) * factor * dense.gate_k.to(dtype)
     scores = dense.score(scores.double()).to(dtype).expand_as(scores)

@@ -152,7 +152,9 @@ def _quantize(
     tl.store(p_value + row * size + at, value, mask=m_at)
     tl.store(p_alive + row * size + at, alive, mask=m_at)
     if COUNTED:
-        tl.store(p_score + row * size + at, tl.where(given == given, given, -infinity), mask=m_at)
+        # Triton 3.1 compares no bfloat16.
+        short = given.to(tl.float32)
+        tl.store(p_score + row * size + at, tl.where(short == short, given, -infinity), mask=m_at)
         if WHOLE:
             tl.store(p_counts + row * size + at, tl.cumsum(counted, 0), mask=m_at)
         else:

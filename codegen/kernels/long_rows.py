@@ -346,7 +346,7 @@ def _flow_of_parts(
         inside = tl.load(p_inside + row * size + at, mask=at < size, other=0) != 0
         grad = tl.load(p_grad + row * size + at, mask=inside, other=0.0).to(tl.float64)
         flow = tl.where(inside, grad - mean, 0.0)
-        tl.store(p_grad_z + row * size + at, flow.to(p_grad_z.dtype.element_ty), mask=at < size)
+        tl.store(p_grad_z + row * size + at, as_scores(flow, p_grad_z).to(p_grad_z.dtype.element_ty), mask=at < size)
 
 
 def parts_of(rows: int, size: int) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def scores_at(p_row, at, m_at):
 
 @triton.jit
 def as_scores(x, p_z):
-    """x in the type that ``scores_at`` gives."""
+    """x in the type that ``scores_at`` gives; on the way to a shorter one as well, as PyTorch and Triton 3.1 go."""
     if p_z.dtype.element_ty != tl.float64:
         x = x.to(tl.float32)
     return x
@@ -272,7 +272,7 @@ def _flow_of_rows(p_grad, p_inside, p_grad_z, size, ONE: tl.constexpr, BLOCK: tl
         inside = tl.load(p_inside + row * size + at, mask=at < size, other=0) != 0
         grad = tl.load(p_grad + row * size + at, mask=inside, other=0.0).to(tl.float64)
         flow = tl.where(inside, grad - mean, 0.0)
-        tl.store(p_grad_z + row * size + at, flow.to(p_grad_z.dtype.element_ty), mask=at < size)
+        tl.store(p_grad_z + row * size + at, as_scores(flow, p_grad_z).to(p_grad_z.dtype.element_ty), mask=at < size)
 
 
 def grid_bits(size: int) -> int:

@@ -33,7 +33,9 @@ LONGEST_SHORT = 1 << POSITION_IN_SHORT
 @triton.jit
 def falling(given):
     """Numbers of 32 bits that rise as scores fall; NaN counts as -inf, and -0 as 0."""
-    score = tl.where(given == given, given, -float("inf")).to(tl.float32)
+    # Triton 3.1 compares no bfloat16.
+    score = given.to(tl.float32)
+    score = tl.where(score == score, score, -float("inf"))
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     rising = tl.where(bits < 0, bits ^ 2147483647, bits)
     return 2147483647 - rising.to(tl.int64)

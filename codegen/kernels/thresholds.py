@@ -13,6 +13,7 @@ from flexsparse.codegen.kernels.grid import Quantized, earlier_blocks
 from flexsparse.codegen.kernels.launch import launch
 from flexsparse.codegen.kernels.pruning import Kept
 from flexsparse.codegen.kernels.recording import operate
+from flexsparse.codegen.kernels.rows import as_scores
 from flexsparse.codegen.kernels.staircase import Crossings
 
 _BLOCK = 1024
@@ -203,7 +204,7 @@ def _difference(p_running, p_enters, p_leaves, p_base, p_grad_u, times, ADD: tl.
     if ADD:
         # Rounded as two gradients are that autograd adds.
         found = found.to(tl.float32) + tl.load(p_base + row * times + key, mask=m_key, other=0.0)
-    tl.store(p_grad_u + row * times + key, found.to(p_grad_u.dtype.element_ty), mask=m_key)
+    tl.store(p_grad_u + row * times + key, as_scores(found, p_grad_u).to(p_grad_u.dtype.element_ty), mask=m_key)
 
 
 def threshold_gradient(

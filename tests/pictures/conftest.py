@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import flexsparse
-from flexsparse.dense import _Evaluator, _Sizes, dense_mask
+from flexsparse.dense import dense_mask
+from flexsparse.dense_evaluator import DenseSizes, Evaluator
 from flexsparse.example_inputs import example_captured, example_operands, fitting_heads
 from flexsparse.expression import Pattern
 from flexsparse.parser import parse
@@ -42,9 +43,9 @@ class Dense:
     def parts(self) -> Any:
         """Scores and gates of every pair as the oracle evaluates them."""
         shapes = self.drawn.shapes
-        sizes = _Sizes(1, shapes.heads, shapes.q_len, shapes.kv_len, 0, torch.device("cpu"))
+        sizes = DenseSizes(1, shapes.heads, shapes.q_len, shapes.kv_len, 0, torch.device("cpu"))
         operands = example_operands(shapes, 0) if self.drawn.compiled.program.chosen else None
-        return _Evaluator(sizes, self.captured, operands).pattern(self.pattern.node)
+        return Evaluator(sizes, self.captured, operands).pattern(self.pattern.node)
 
 
 def dense(pattern: Pattern | str, length: int = LENGTH, block: int = 16) -> Dense:
