@@ -24,7 +24,7 @@ LEVELS = (
     ("parser", "numbered"),
     ("_dynamo", "_fake_gpu", "_inductor", "hardware"),
     ("row_lengths",),
-    ("dense", "dense_selections"),
+    ("dense", "dense_evaluator", "dense_selections"),
     ("ops",),
     ("trace",),
     ("analysis",),
