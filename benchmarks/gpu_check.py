@@ -52,10 +52,12 @@ def run(*command: str, limit: float) -> dict[str, object]:
         assert process.stdout is not None
         clock = threading.Timer(limit, process.kill)
         clock.start()
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-        clock.cancel()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        finally:
+            clock.cancel()
     return {
         "command": " ".join(["python", *command[1:]]),
         "exit_code": process.returncode,

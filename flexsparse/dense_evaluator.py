@@ -67,6 +67,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class DenseSizes:
+    """The lengths and counts of one call, and where its first query stands."""
+
     batch: int
     heads: int
     q_len: int

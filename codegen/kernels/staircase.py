@@ -70,7 +70,7 @@ class Lattices(NamedTuple):
     @property
     def halvings(self) -> int:
         """How often all of these sizes may be halved for rows that have fewer keys."""
-        finest = self.chunk // math.prod(self.factors)
+        finest = min(self.chunk, self.bucket) // math.prod(self.factors)
         return max(0, min(finest // _LEAST, self.slice).bit_length() - 1)
 
 

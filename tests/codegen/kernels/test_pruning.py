@@ -23,6 +23,8 @@ pytestmark = [
 ]
 CHOSEN = ("normal", "heavy ties", "both infinities", "position slope")
 CASES = [(name, 150, 5, 4) for name in CHOSEN] + [("all -inf", 70, 3, 0), ("many +inf", 90, 40, 2**40)]
+# Less than a quarter remains, so lattices are halved twice.
+CASES += [("normal", 250, 1, 4)]
 if not INTERPRETED:
     CASES = [(name, n, k, a) for name in REGIMES for n, k, a in ((1, 1, 0), (700, 9, 17), (9000, 64, 100))]
     CASES += [("normal", 70_000, 512, 0), ("nearly equal", 70_000, 30, 3), ("position slope", 300_000, 512, 0)]
@@ -41,6 +43,7 @@ def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         # As long rows have them: refinements, links across blocks, tables chunk by chunk.
         monkeypatch.setattr(staircase, "lattices_for", lambda *_: staircase.Lattices(64, 32, (2, 4), 16, 16))
+        monkeypatch.setattr(staircase, "_LEAST", 1)
         for name, value in (("_ONE_PROGRAM", 0), ("_BLOCK", 32), ("_READ_AT_ONCE", 0)):
             monkeypatch.setattr(lifetimes, name, value)
 
