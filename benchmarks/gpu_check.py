@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import torch
 import triton
@@ -48,9 +51,11 @@ def run(*command: str, limit: float) -> dict[str, object]:
     """
     start = time.perf_counter()
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+    # In a group of its own: processes that it started hold its output open too.
+    options: dict[str, Any] = {"text": True, "cwd": ROOT, "start_new_session": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as process:
         assert process.stdout is not None
-        clock = threading.Timer(limit, process.kill)
+        clock = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
         clock.start()
         try:
             for line in process.stdout:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from flexsparse.analysis.tiles import FULL, PARTIAL, classify
+from flexsparse.analysis.tiles import FULL, LOOKED_AT, PARTIAL, classify
 from flexsparse.codegen.gathering.parts import near_mask
 from flexsparse.codegen.gathering.rows import rows_of
 from flexsparse.errors import SettingError
@@ -24,13 +24,12 @@ from flexsparse.ir.residues import split_residues
 from flexsparse.runtime.inputs import Shapes, class_shapes
 from flexsparse.settings import CHUNK
 
-# Milliseconds of the host: for a forward pass, and for one with its backward pass. That of "gather" is from
-# benchmarks/results/hybrid_h200.json, after it was cut to less than a half of what the rest was fitted beside.
+# Milliseconds of the host: for a forward pass, and for one with its backward pass.
 _HOST = {"gather": (0.7, 1.5), "gather_flex": (3.2, 5.0), "residue_flex": (0.55, 1.55), "flex": (0.4, 1.15)}
 # What tiles that depend on scores or on query and key add, as they are classified at each call.
 _CLASSIFIED = (9.0, 11.0)
-# What an untraced function added where tiles of keys are classified apart from those of copies, element by element.
-# Calls of few tiles no longer look at them; what they take since was not measured.
+# What an untraced function adds where tiles of keys are classified apart from those of copies, element by element, in
+# calls of so many that they are looked at.
 _UNTRACED = 47.0
 # A backward pass in forward passes: of FlexAttention's kernels, of those that add gradients of scores with atomics, of
 # those over copies, and of the kernels that gather.
@@ -40,7 +39,7 @@ _LOOKED_UP = 2.0
 # The share of the matrix rate that the kernels that gather reach at head_dim 128.
 _GATHER_SHARE = 0.29
 # Thresholds, lifetimes and slots: seconds a score.
-_SELECTION = 0.55e-9
+_SELECTION = 0.2e-9
 # Longer masks are counted at this length, a half and a quarter of it, and their growth goes on.
 _COUNTED = 16384
 
@@ -49,7 +48,10 @@ _COUNTED = 16384
 def predict_calls(program: Program, shapes: Shapes, block: int, backends: tuple[str, ...]) -> Mapping[str, float]:
     """Seconds of a whole call on a GPU, with its backward pass where ``shapes`` want gradients, by backend."""
     device = _device(shapes)
-    return {name: _PREDICTED[name](program, shapes, block, device) + _host(name, program, shapes) for name in backends}
+    return {
+        name: _PREDICTED[name](program, shapes, block, device) + _host(name, program, shapes, block)
+        for name in backends
+    }
 
 
 def tile_seconds(device: Hardware, shapes: Shapes, block: int, partial: int, full: int) -> float:
@@ -73,7 +75,7 @@ def _device(shapes: Shapes) -> Hardware:
     return DEVICES["H100"]
 
 
-def _host(name: str, program: Program, shapes: Shapes) -> float:
+def _host(name: str, program: Program, shapes: Shapes, block: int) -> float:
     pick = int(shapes.needs_grad)
     milliseconds = _HOST[name][pick]
     if name == "residue_flex":
@@ -82,7 +84,7 @@ def _host(name: str, program: Program, shapes: Shapes) -> float:
     mask = program.mask if name == "flex" else near_mask(program)
     if any(isinstance(n, Selected | Chosen) for n in walk(mask)):
         milliseconds += _CLASSIFIED[pick]
-    if name == "gather_flex" and program.opaque:
+    if name == "gather_flex" and program.opaque and sum(_counted(mask, program, shapes, block)) >= LOOKED_AT:
         milliseconds += _UNTRACED
     return milliseconds * 1e-3
 

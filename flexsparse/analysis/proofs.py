@@ -7,6 +7,7 @@ installed, decides for every size. An answer that none of them gives is None.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,7 +21,19 @@ from flexsparse.expression import Expression, Pattern, wrap
 from flexsparse.ir import nodes
 from flexsparse.ir.canonical import canonical
 from flexsparse.ir.lower import lower
-from flexsparse.ir.nodes import FALSE, INDEX_SYMBOLS, SIZE_SYMBOLS, Apply, Load, Node, Opaque, Scalar, Symbol, walk
+from flexsparse.ir.nodes import (
+    FALSE,
+    INDEX_SYMBOLS,
+    SIZE_SYMBOLS,
+    Apply,
+    Constant,
+    Load,
+    Node,
+    Opaque,
+    Scalar,
+    Symbol,
+    walk,
+)
 from flexsparse.ir.program import Chosen, Program, Selected
 from flexsparse.ir.scalars import without_defaults
 from flexsparse.parser import parse
@@ -31,6 +44,7 @@ E = TypeVar("E", bound=Expression)
 # z3 gives up after this many milliseconds.
 _PATIENCE = 5000
 _SMALL = (1, 2, 7, 40)
+_ALTERNATIVES = 64
 
 
 def simplify(pattern: E) -> E:
@@ -43,12 +57,17 @@ def simplify(pattern: E) -> E:
 
 def implies(a: Pattern | str, b: Pattern | str) -> Verdict:
     """Whether every pair (q, kv) that ``a`` lets through, ``b`` lets through, at every size and for all tensors."""
-    return _answer(
-        _program(a),
-        _program(b),
-        lambda x, y: Apply("and", (x, Apply("not", (y,)))),
-        "the first lets {at} through and the second does not",
-    )
+    first, second = _program(a), _program(b)
+    other = _shifted(second.mask, len(first.selections))
+    # Each alternative alone is one that canonical forms tell more of.
+    if all(canonical(_passed_by(part, other)) == FALSE for part in _alternatives(_widened(first))):
+        return Verdict(True, "the canonical forms agree")
+    return _answer(first, second, _passed_by, "the first lets {at} through and the second does not")
+
+
+def _passed_by(first: Node, second: Node) -> Node:
+    """What the first mask lets through and the second does not."""
+    return Apply("and", (first, Apply("not", (second,))))
 
 
 def equivalent(a: Pattern | str, b: Pattern | str) -> Verdict:
@@ -138,6 +157,28 @@ def _shifted(mask: Node, by: int) -> Node:
     if isinstance(mask, Selected):
         return Selected(mask.number + by)
     return nodes.rebuild(mask, tuple(_shifted(c, by) for c in mask.children))
+
+
+def _widened(program: Program) -> Node:
+    """A mask that lets through all that the program's does, and every candidate of its selections."""
+    known: dict[Node, Node] = {}
+    for number, selection in enumerate(program.selections):
+        after = selection.after if isinstance(selection.after, Node) else Constant(selection.after)
+        # No mask stands around a selection but "and" and "or".
+        known[Selected(number)] = Apply("le", (Symbol("kv"), Apply("sub", (Symbol("q"), after))))
+    return nodes.replaced(program.mask, known)
+
+
+def _alternatives(mask: Node) -> list[Node]:
+    """Masks of which any lets through what ``mask`` does; ``mask`` alone where they would be many."""
+    match mask:
+        case Apply("or", args):
+            return [part for arg in args for part in _alternatives(arg)]
+        case Apply("and", args):
+            parts = [_alternatives(arg) for arg in args]
+            if math.prod(map(len, parts)) <= _ALTERNATIVES:
+                return [Apply("and", each) for each in itertools.product(*parts)]
+    return [mask]
 
 
 def _refuted(example: dict[str, int], bad: Node, verb: str) -> Verdict:

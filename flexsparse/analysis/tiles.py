@@ -38,7 +38,7 @@ _GRID = 1 << 18
 _KEPT = 4
 # Tiles of all heads from which an untraced function is looked at on an accelerator. A look is made anew at each call,
 # of many small operations: some 50 ms, in which an H200 computes so many tiles, forward and backward.
-_LOOKED_AT = 1 << 19
+LOOKED_AT = 1 << 19
 # Unknown tiles a row from which on its queries are solved one by one instead.
 _MANY = 4
 
@@ -259,7 +259,7 @@ def _repays(mask: Node, tiles: Listed, sizes: Sizes, device: torch.device) -> bo
     if device.type == "cpu" or not any(isinstance(n, Opaque) for n in walk(mask)):
         return True
     batch, heads, _ = tiles.count.shape
-    return len(tiles.column) * (sizes.batch // batch) * (sizes.heads // heads) >= _LOOKED_AT
+    return len(tiles.column) * (sizes.batch // batch) * (sizes.heads // heads) >= LOOKED_AT
 
 
 def _fills_its_grid(mask: Node, tiles: Listed) -> bool:

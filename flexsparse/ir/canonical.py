@@ -64,6 +64,8 @@ def _joined(op: str, operands: set[Node]) -> Node:
     if absorbing in operands or any(_negation(o) in operands for o in operands):
         return absorbing
     operands = _tightest(op, operands)
+    if _opposed(op, operands):
+        return absorbing
     other = "or" if op == "and" else "and"
     kept = [o for o in operands if not any(p != o and p in _chain(other, o) for p in operands)]
     if not kept:
@@ -87,6 +89,25 @@ def _tightest(op: str, operands: set[Node]) -> set[Node]:
             case _:
                 rest.add(operand)
     return rest | {Apply("le", (total, Constant(c))) for total, c in bounds.items()}
+
+
+def _opposed(op: str, operands: set[Node]) -> bool:
+    """Whether two bounds, on a sum and on its negative, leave nothing under &, everything under |."""
+    bounds = {o.args[0]: o.args[1].value for o in operands if _is_bound(o)}  # type: ignore[attr-defined]
+    for operand in filter(_is_bound, operands):
+        opposite, least = _negation(operand).args  # type: ignore[attr-defined]
+        bound = bounds.get(opposite)
+        if bound is not None and (bound <= least.value if op == "and" else bound >= least.value):
+            return True
+    return False
+
+
+def _is_bound(node: Node) -> bool:
+    """Whether it is ``sum <= c`` of integers."""
+    match node:
+        case Apply("le", (_, Constant() as bound)):
+            return bound.kind is Kind.INT
+    return False
 
 
 def _negation(node: Node) -> Node:

@@ -75,6 +75,19 @@ def test_is_causal() -> None:
         assert verdict.counterexample["kv"] > verdict.counterexample["q"]
 
 
+def test_selections_are_known_to_be_causal_without_z3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "z3", None)
+    for text in (
+        "sparsek(3)",
+        "sliding_window(5) | sparsek(3, after=5)",
+        "(sliding_window(5) | sparsek(3)) & document",
+    ):
+        assert fs.is_causal(text).holds is True, text
+    assert fs.is_causal("sparsek(3) | sinks(4)").holds is None
+    assert fs.implies("sparsek(3, after=5)", "kv <= q - 5").holds is True
+    assert fs.implies("sparsek(3, after=5)", "kv <= q - 6").holds is None
+
+
 def test_depends_on() -> None:
     assert fs.depends_on(pattern("document & causal"), "b").holds is True
     assert fs.depends_on(pattern("causal & sliding_window(4)"), "b").holds is False
