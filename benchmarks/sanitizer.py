@@ -3,8 +3,8 @@
     python benchmarks/sanitizer.py --out benchmarks/results/sanitizer_h200.json
 
 Each tool watches one process that runs the selection operators and attention that gathers, forward and backward, at
-small and odd sizes. PyTorch's memory caching is off, so that reads of memory that nobody wrote are found. What the
-compiler builds is built before, without a tool.
+small and odd sizes, all three at once. PyTorch's memory caching is off, so that reads of memory that nobody wrote are
+found. What the compiler builds is built before, without a tool.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import torch
 from gpu_check import environment
@@ -103,12 +105,13 @@ def main() -> int:
         return 0
     if arguments.out is None:
         parser.error("--out FILE: where to keep what the tools said")
-    result = {"environment": environment(arguments.commit), "kernels": watched(), "tools": []}
-    for tool in TOOLS:
-        found = sanitized(tool, arguments.limit)
-        result["tools"].append(found)
-        print(json.dumps(found), flush=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"environment": environment(arguments.commit), "kernels": watched(), "tools": []}
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        running = [pool.submit(sanitized, tool, arguments.limit) for tool in TOOLS]
+        for done in as_completed(running):
+            result["tools"].append(done.result())
+            print(json.dumps(result["tools"][-1]), flush=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(", ".join(result["kernels"]))
     return int(any(found["clean"] is not True for found in result["tools"]))
 

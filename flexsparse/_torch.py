@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,26 +153,43 @@ def has_tangent(tensor: Tensor) -> bool:
 
 
 class SeesOperations(TorchDispatchMode):
-    """Calls ``see`` with the schema of every operation inside ``with``, and lets it go on."""
+    """Calls ``see`` with schema and result of every operation inside ``with``, which goes on as without it."""
 
-    def __init__(self, see: Callable[[Any], None]) -> None:
+    _depth = threading.local()
+
+    def __init__(self, see: Callable[[Any, Any], None]) -> None:
         super().__init__()
         self._see = see
 
+    def __enter__(self) -> Any:
+        self._depth.value = self.depth() + 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._depth.value = self.depth() - 1
+        super().__exit__(*error)
+
+    @classmethod
+    def depth(cls) -> int:
+        """How many of these this thread is in."""
+        found: int = getattr(cls._depth, "value", 0)
+        return found
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._see(func._schema)
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        self._see(func._schema, found)
+        return found
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether nothing but autograd watches what is done with it: no compiler, transform of torch.func, mode, subclass.
+    """Whether nothing but autograd and we watch what is done with it: no compiler, torch.func, mode, subclass.
 
     Then a custom operator may be passed by, whose calls take the host longer than short kernels run.
     """
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_dispatch_stack() == SeesOperations.depth()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 

@@ -45,10 +45,14 @@ class Runner:
         operands: tuple[Tensor, Tensor, Tensor],
         return_lse: bool,
         kept: list[Tensor] | None = None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        """out and lse (perhaps None unless wanted); ``kept`` as ``attend_gathered`` and ``attend_chunked`` take it."""
+        """out and lse (perhaps None unless wanted); ``kept`` as ``attend_gathered`` and ``attend_chunked`` take it.
+
+        ``into``: for the kernels that gather, as ``attend_gathered`` takes it.
+        """
         if bound.plan.backend == "gather":
-            return self._gather(bound, scale, operands, kept)
+            return self._gather(bound, scale, operands, kept, into)
         work, tensors = self.work_of(bound, scale)
         if bound.plan.backend == "chunked":
             return attend_chunked(work, *operands, tensors, kept)
@@ -83,10 +87,11 @@ class Runner:
         scale: float,
         operands: tuple[Tensor, Tensor, Tensor],
         kept: list[Tensor] | None,
+        into: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         shapes, source = bound.plan.shapes, gathered_source(self.program)
         call = make_call(source, shapes, bound.tiles, scale, bound.buffers, bound.program.selections)
-        out, lse = attend_gathered(call, *operands, kept)
+        out, lse = attend_gathered(call, *operands, kept, into)
         if not self.program.learnable and not self.program.has_sink:
             return out, lse
         work, tensors = self.work_of(bound, scale)

@@ -34,8 +34,8 @@ LEVELS = (
     ("explanation",),
     ("pipeline",),
     (
-        *("compiler", "inspection", "stages", "execution", "traced", "explorer", "example_inputs", "block_masks"),
-        *("tolerance", "measurement", "tuning", "doctor", "timing", "peers", "locating", "checks"),
+        *("compiler", "inspection", "stages", "execution", "short_calls", "traced", "explorer", "example_inputs"),
+        *("block_masks", "tolerance", "measurement", "tuning", "doctor", "timing", "peers", "locating", "checks"),
     ),
     ("nn", "pictures"),
 )

@@ -41,7 +41,7 @@ _active = threading.local()
 
 
 class Pointer(NamedTuple):
-    """An address: so many bytes behind that of base ``base``, which is a tensor of the caller or, last, the scratch."""
+    """An address: so many bytes behind that of base ``base``: the caller's tensors, the scratch, then the constants."""
 
     base: int
     offset: int
@@ -80,6 +80,8 @@ class Recording:
     scratch: int  # bytes
     fork: int
     join: int
+    # What was there before the call and is nobody's argument, such as lists that are kept from call to call.
+    constants: tuple[Tensor, ...] = ()
     # By addresses: how often they came, -1 where there is no room for graphs, and then their graphs, with the numbers
     # of operations between them.
     known: dict[tuple[int, ...], int | list[Any]] = field(default_factory=dict, compare=False, repr=False)
@@ -104,11 +106,16 @@ class Recorder:
         # By address: what the call allocated, kept so that no address is given out twice, and where it will stand.
         self._own: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._bytes = 0
+        self._allocated: set[int] = set()
+        self._constants: dict[int, tuple[Tensor, int]] = {}
 
-    def see(self, schema: Any) -> None:
+    def see(self, schema: Any, made: Any) -> None:
         """What computes on tensors and is no entry: a call that does it cannot be repeated by its entries."""
         viewed = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
-        self.complete &= viewed or schema.name.split("::")[-1] in _ALLOCATIONS
+        if schema.name.split("::")[-1] in _ALLOCATIONS:
+            self._allocated.add(made.untyped_storage().data_ptr())
+        else:
+            self.complete &= viewed
 
     def kernel(self, runner: Callable[..., None], values: Sequence[Any]) -> None:
         """A kernel started with ``values``, tensors among them."""
@@ -130,7 +137,8 @@ class Recorder:
     def recording(self) -> Recording | None:
         if not self.complete:
             return None
-        return Recording(tuple(self.entries), self._bytes, self.fork, self.join)
+        constants = tuple(tensor for tensor, _ in self._constants.values())
+        return Recording(tuple(self.entries), self._bytes, self.fork, self.join, constants)
 
     def _pointer(self, tensor: Tensor) -> Pointer:
         storage, address = tensor.untyped_storage(), tensor.data_ptr()
@@ -142,6 +150,10 @@ class Recorder:
             self.complete &= len(bases) == 1 or bool(exact)
             base = (exact or bases)[0]
             return Pointer(base, address - self.tensors[base].data_ptr())
+        if storage.data_ptr() not in self._allocated:
+            number = len(self.tensors) + 1 + len(self._constants)
+            constant, base = self._constants.setdefault(storage.data_ptr(), (tensor.detach(), number))
+            return Pointer(base, address - constant.data_ptr())
         if storage.data_ptr() not in self._own:
             self._own[storage.data_ptr()] = storage, self._bytes
             self._bytes += -(-storage.nbytes() // _APART) * _APART
@@ -251,10 +263,10 @@ def repeated(
         return
     with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
         scratch = torch.empty(found.scratch, dtype=torch.uint8, device=device)
-        bases = (*tensors, scratch)
+        bases = (*tensors, scratch, *found.constants)
         graphs = None
         if not torch.cuda.is_current_stream_capturing():
-            graphs = graphs_at(found, (*addresses, scratch.data_ptr()), device)
+            graphs = graphs_at(found, (*addresses, *[x.data_ptr() for x in bases[len(addresses) :]]), device)
         if graphs is None:
             here = torch.cuda.current_stream(device)
             beside = _beside(device, here.cuda_stream) if two_streams and found.fork >= 0 else None
@@ -280,7 +292,7 @@ def recorded(tensors: Sequence[Tensor], run: Callable[[], None]) -> Recording | 
 
 
 def repeat(recording: Recording, bases: Sequence[Tensor], here: Any, beside: Any) -> None:
-    """Start the entries on the caller's tensors and, last, the scratch; what is aside on ``beside`` unless None."""
+    """Start the entries on the caller's tensors, the scratch and the constants; what is aside on ``beside`` if any."""
     addresses = [x.data_ptr() for x in bases]
     for part in recording.parts:
         if isinstance(recording.entries[part[0]], Operation):

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexsparse.analysis.intervals import Intervals, normal
 
@@ -180,7 +181,8 @@ def index_pair(one: Spans | Listed, other: Spans | Listed, device: torch.device)
     if columns * counts[0].numel() * 4 <= _ROOMY_BYTES:
         indices = [torch.empty(*shape, columns, dtype=torch.int32, device=device) for _ in sets]
     else:
-        widths = [max(int(count.max()), 1) for count in counts]
+        # The second begins at a multiple of 16 bytes too, where a row has room for that.
+        widths = [min(_aligned(max(int(count.max()), 1)), columns) for count in counts]
         buffer = torch.empty(*shape, sum(widths), dtype=torch.int32, device=device)
         indices = list(buffer.split(widths, -1))
     *counts, table, other_table = _sent([*counts, one.table(), other.table()], device)
@@ -193,8 +195,24 @@ def _sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Contiguous int32 tensors on a device, in one copy where all of them come from another."""
     if any(tensor.device == device for tensor in tensors):
         return [tensor.to(device).contiguous() for tensor in tensors]
-    parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return _taken_apart(_put_together(tensors).to(device), tensors)
+
+
+def _put_together(tensors: list[Tensor]) -> Tensor:
+    """One after another, each from a multiple of 16 bytes on, as what is started again by its addresses must begin."""
+    missing = [_aligned(x.numel()) - x.numel() for x in tensors]
+    return torch.cat([pad(x.flatten(), (0, n)) if n else x.flatten() for x, n in zip(tensors, missing, strict=True)])
+
+
+def _taken_apart(together: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Parts of ``together`` with the shapes of the tensors that it was put together from."""
+    sizes = [size for x in tensors for size in (x.numel(), _aligned(x.numel()) - x.numel())]
+    return [part.view(x.shape) for part, x in zip(together.split(sizes)[::2], tensors, strict=True)]
+
+
+def _aligned(count: int) -> int:
+    """So many int32 numbers, or some more, that what follows them begins at a multiple of 16 bytes."""
+    return -(-count // 4) * 4
 
 
 def _owners(count: Tensor, total: int | None = None) -> Tensor:

@@ -33,19 +33,28 @@ from flexsparse.settings import CHUNK
 
 
 def attend_gathered(
-    call: GatheredCall, query: Tensor, key: Tensor, value: Tensor, kept: list[Tensor] | None = None
+    call: GatheredCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: list[Tensor] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, S, D_v] in query's dtype and lse [B, H, S] float32, with gradients to all of them, u and tau.
 
     Where each query head selects for itself, a key has a slot for each of them: key and value are repeated to H heads.
     An empty list ``kept`` receives what the backward pass wants of the forward pass; given such a list, the kernels
-    of the forward pass do not run again.
+    of the forward pass do not run again. ``into``: room for out and lse, contiguous, of a call without gradients.
     """
     shapes = call.shapes
     if any(call.values[f"birth_{n}"].shape[1] not in (1, shapes.kv_heads) for n in range(len(call.ks))):
         key, value = (x.repeat_interleave(shapes.heads // shapes.kv_heads, 1) for x in (key, value))
         call = replace(call, shapes=replace(shapes, kv_heads=shapes.heads))
-    return _Gathered.apply(call, kept, query, key, value, *(call.values[name] for name in call.gate_names))
+    scores = [call.values[name] for name in call.gate_names]
+    if into is not None:
+        out, lse, *_ = _forward(call, *_laid_out((query, key, value), scores), into)
+        return out, lse
+    return _Gathered.apply(call, kept, query, key, value, *scores)
 
 
 def make_call(
@@ -90,8 +99,7 @@ class _Gathered(torch.autograd.Function):
         value: Tensor,
         *scores: Tensor,
     ) -> Any:
-        operands = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-        gates = [x.float().contiguous() for x in scores]
+        operands, gates = _laid_out((query, key, value), scores)
         out, lse, level, share = kept or _forward(call, operands, gates)
         if kept is not None and not kept:
             kept += (out, lse, level, share)
@@ -108,13 +116,22 @@ class _Gathered(torch.autograd.Function):
         return None, None, *found, *scores
 
 
-def _forward(call: GatheredCall, operands: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+def _laid_out(operands: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Query, key and value, and the scores of gates, as kernels read them."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in operands], [x.float().contiguous() for x in scores]
+
+
+def _forward(
+    call: GatheredCall,
+    operands: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    into: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor]:
     """out, lse, and by query what the softmax is measured against: ``level``, and ``share``, 1 / its sum."""
     shapes, query = call.shapes, operands[0]
     read, lists = tensors_read(call, operands, gates), call.lists[:4]
-    out = query.new_empty(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim)
-    results = {"p_out": out}
-    results |= {name: query.new_empty(out.shape[:3], dtype=torch.float32) for name in ("p_lse", "p_level", "p_share")}
+    out, lse = into or rooms_for(query, shapes)
+    results = {"p_out": out, "p_lse": lse, "p_level": torch.empty_like(lse), "p_share": torch.empty_like(lse)}
 
     sizes = call.sizes["forward"]
 
@@ -126,6 +143,12 @@ def _forward(call: GatheredCall, operands: Sequence[Tensor], gates: Sequence[Ten
 
     repeated(("forward", call.key), [*read.values(), *lists], list(results.values()), run)
     return list(results.values())
+
+
+def rooms_for(query: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """Room for out [B, H, S, D_v] and lse [B, H, S] of a call."""
+    rows = (shapes.batch, shapes.heads, shapes.q_len)
+    return query.new_empty(*rows, shapes.value_dim), query.new_empty(rows, dtype=torch.float32)
 
 
 def _over_heads(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -253,3 +253,32 @@ def test_tiles_of_an_untraced_function_that_is_not_looked_at_are_sound(monkeypat
     assert_tiles_sound(kinds, BLOCK, dense)
     assert (kinds == PARTIAL).sum() >= (looked_at == PARTIAL).sum()
     assert not (kinds == FULL).any()
+
+
+def test_lists_that_are_sent_together_begin_at_multiples_of_16_bytes() -> None:
+    from flexsparse.analysis.lists import _put_together, _taken_apart
+
+    sent = [torch.arange(n, dtype=torch.int32).reshape(1, -1) for n in (5, 8, 1, 3)]
+    found = _taken_apart(_put_together(sent), sent)
+    for one, other in zip(found, sent, strict=True):
+        assert torch.equal(one, other)
+        assert one.is_contiguous()
+        assert one.storage_offset() * one.element_size() % 16 == 0
+
+
+@pytest.mark.parametrize("columns", [40, 41])
+def test_indices_that_share_a_buffer_begin_at_multiples_of_16_bytes(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexsparse.analysis import lists
+
+    monkeypatch.setattr(lists, "_ROOMY_BYTES", 0)
+    tiles = classify(
+        fs.compile("causal & (sliding_window(900) | sinks(100))").ir.mask, Sizes(1, 1, 128 * columns, 128 * columns), {}
+    )
+    counts, indices, other_counts, other_indices = lists.index_pair(tiles.partial, tiles.full, torch.device("cpu"))
+    assert other_indices.storage_offset() % 4 == 0
+    for made, table, wanted in ((counts, indices, tiles.partial), (other_counts, other_indices, tiles.full)):
+        for row, count in enumerate(made.flatten().tolist()):
+            _, _, rows, listed = wanted.listed().coordinates()
+            assert table[0, 0, row, :count].tolist() == listed[rows == row].tolist()

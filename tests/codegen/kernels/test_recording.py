@@ -74,6 +74,24 @@ def test_an_operation_runs_on_views_of_what_stands_for_its_tensors() -> None:
     assert torch.equal(to, wanted + 10)
 
 
+def test_what_was_there_before_is_read_where_it_is() -> None:
+    log: list[Any] = []
+    given, _ = ready()
+    lists = torch.arange(6)
+
+    def run() -> None:
+        start(log, "kernel", given, lists[2:], torch.empty(1), lists)
+
+    found = recorded([given], run)
+    assert found is not None
+    other, scratch = torch.ones(8), torch.empty(found.scratch, dtype=torch.uint8)
+    repeat(found, (other, scratch, *found.constants), Stream(1, log), None)
+    at = lists.data_ptr()
+    assert log == [("kernel", 1, other.data_ptr(), at + 16, scratch.data_ptr(), at)]
+    # It stays alive as long as the recording.
+    assert [x.data_ptr() for x in found.constants] == [at + 16]
+
+
 @pytest.mark.parametrize("two", [False, True])
 def test_what_is_aside_has_a_stream_of_its_own_where_there_is_one(two: bool) -> None:
     log: list[Any] = []
