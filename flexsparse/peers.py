@@ -5,7 +5,9 @@ Nothing here is equal to a pattern that selects keys; each contender says what i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -38,6 +40,7 @@ _SDPA = {
 # The mask as a tensor is built from dense index tensors; beyond this it would not be built by anyone.
 _LONGEST_MASK = 4096
 THIS = "this pattern"
+_OTHERS = ("flash-linear-attention", "adasplash", "flash-sparse-attn", "attn-gym")
 _BUILDS = itertools.count()
 
 
@@ -243,7 +246,17 @@ def _module(name: str, package: str, setting: Setting, *, gpu: bool = True) -> A
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise CannotRun(f"its import failed: {str(error).splitlines()[:1]}") from error
+        said = str(error).splitlines() or [type(error).__name__]
+        raise CannotRun(f"its import failed: {said[0]}") from error
+
+
+def versions_of_others() -> dict[str, str]:
+    """The versions of the other libraries, of those that are installed."""
+    found = {}
+    for package in _OTHERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _fla(setting: Setting) -> Callable[[], Tensor]:

@@ -18,6 +18,7 @@ from flexsparse.pipeline import Compiled, reads_tensors
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
 
+_DEVICE = "cuda"
 # Queries of all heads up to which a call is short: all that its steps need in between is there at once.
 _SHORT = 1 << 17
 # Kinds of calls that an attention knows; lengths come and go.
@@ -49,7 +50,7 @@ def key_of_call(
     *numbers: Hashable,
 ) -> Hashable:
     """What decides all that a call does, addresses and values aside; None for one that is not repeated as a whole."""
-    if shapes.device.type != "cuda" or shapes.batch * shapes.heads * shapes.q_len > _SHORT:
+    if shapes.device.type != _DEVICE or shapes.batch * shapes.heads * shapes.q_len > _SHORT:
         return None
     if compiled.backend(shapes, settings) != "gather" or reads_tensors(compiled.near.mask):
         return None

@@ -236,13 +236,14 @@ def _times(contender: Contender, setting: Setting, device: torch.device, seconds
 def _about(context: click.Context, attention: CompiledAttention, given: dict[str, Any]) -> dict[str, Any]:
     """Everything that the numbers depend on, ready for JSON."""
     from flexsparse.doctor import device_name, versions
+    from flexsparse.peers import versions_of_others
 
     kind = "cuda" if given["device"].type == "cuda" else "cpu"
     names = ("batch", "heads", "kv_heads", "head_dim", "seed")
     return {
         "command": _command_line(context, given),
         "device": device_name(given["device"]),
-        "versions": versions(),
+        "versions": versions() | (versions_of_others() if "others" in given["peers"] else {}),
         "pattern": str(attention.pattern),
         "shapes": {
             **{name: given[name] for name in names},

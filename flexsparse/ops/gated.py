@@ -43,7 +43,7 @@ def gated_select(scores: Tensor, k: int, after: int, segments: Tensor | None, ch
 
     On a GPU kernels do all of it, in a call that nothing but autograd watches.
     """
-    if scores.is_cuda and scores.dtype is not torch.float64 and is_plain(scores):
+    if _by_kernels(scores):
         rows, segments = prepared_rows(scores, k, after, segments, False)
         found = _GatedSelection.apply(rows, k, after, segments, chunk)
         u, tau, least, *lives = (x.view(scores.shape) for x in found[:6])
@@ -55,6 +55,10 @@ def gated_select(scores: Tensor, k: int, after: int, segments: Tensor | None, ch
         (tau, count), lived = causal_select(scores, k, after, segments, validate=False)
         table = None
     return Gated(*gate_inputs(scores, tau, count, k), lived, table)
+
+
+def _by_kernels(scores: Tensor) -> bool:
+    return scores.is_cuda and scores.dtype is not torch.float64 and is_plain(scores)
 
 
 class _GatedSelection(torch.autograd.Function):

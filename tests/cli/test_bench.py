@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -158,6 +159,18 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda found: found)
     return given
+
+
+def test_an_import_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda found: found)
+    setting = types.SimpleNamespace(call=types.SimpleNamespace(query=types.SimpleNamespace(is_cuda=True)))
+    with pytest.raises(CannotRun, match=r"^its import failed: No module named 'no_such_library'$"):
+        peers._module("no_such_library", "no-such-library", setting)  # type: ignore[arg-type]
+
+
+def test_versions_of_other_libraries_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_OTHERS", ("rich", "no-such-library"))
+    assert peers.versions_of_others() == {"rich": importlib.metadata.version("rich")}
 
 
 def test_other_libraries_are_given_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ pytest.importorskip("triton")
         ("gathered/test_kernels.py", "composition and (gate or sink)", 20, 0),
         ("gathered/test_kernels.py", "composition and not (gate or sink)", 15, 0),
         ("gathered/test_kernels.py", "not composition", 35, 0),
+        ("gathered/test_short_calls.py", "", 1, 0),
         ("runtime/test_scalars.py", "(inside and -gather]) or kernel or (torch_compile and gather)", 3, 0),
         ("runtime/test_lengths.py", "gather]", 5, 0),
     ],
