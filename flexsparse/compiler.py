@@ -154,8 +154,9 @@ class CompiledAttention(InspectedPattern):
         value are copied with zeros in place of padding. Where the pattern has a tensor of that name, as ``padding()``
         does, it is given that, and nothing else happens.
         ``validate=False`` skips the checks that read values (NaN, sorted segments, index ranges), each of which
-        synchronises a GPU. Gradients flow to query, key, value, scores and learnable tensors. A row that sees no
-        key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
+        synchronises a GPU; a short call without gradients is then started again as a whole where one like it has run,
+        which spares most of the host's work. Gradients flow to query, key, value, scores and learnable tensors. A row
+        that sees no key gives out 0, lse -inf (the sink's logit where there is one) and gradients 0.
         Inside ``torch.compile`` the backends "gather" and "chunked" are one custom operator, also with
         ``fullgraph=True``, and NaN and unsorted segments are not looked for. Other backends break the graph, and build
         graphs of their own as they always do; under ``fullgraph=True`` they are that operator too, which then computes
@@ -184,25 +185,26 @@ class CompiledAttention(InspectedPattern):
         shapes = replace(shapes, needs_grad=needs_grad)
         factor = check_scale(scale, shapes.head_dim)
         compiled = compile_pattern(self._node, q_offset != 0).numbered(numbers)
-        kind = None
-        if not (needs_grad or validate):
-            kind = key_of_call(compiled, shapes, self._settings, (query, key, value), given, self.key, numbers, factor)
-        if kind is not None and (known := self._short_calls.find(kind)) is not None:
-            self._bound = known
+        operands, kind = (query, key, value), None
 
-            def attend(into: tuple[Tensor, Tensor]) -> None:
-                bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=False)
-                out, _ = self.runner.run(bound, factor, (query, key, value), True, into=into)
-                assert out is into[0]
+        def attend(into: tuple[Tensor, Tensor]) -> None:
+            bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=False)
+            out, _ = self.runner.run(bound, factor, operands, True, into=into)
+            assert out is into[0]
 
-            out, lse = attend_again(kind, shapes, (query, key, value), given, attend)
-            return (out, lse) if return_lse else out
         try:
+            if not (needs_grad or validate):
+                kind = key_of_call(compiled, shapes, self._settings, operands, given, self.key, numbers, factor)
+                known = self._short_calls.find(kind)
+                if known is not None:
+                    self._bound = known
+                    out, lse = attend_again(kind, shapes, operands, given, attend)
+                    return (out, lse) if return_lse else out
             bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=validate)
             self._bound = BoundAttention(self, bound.plan, bound.program)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":
-                out, lse = self.runner.run(bound, factor, (query, key, value), return_lse)
+                out, lse = self.runner.run(bound, factor, operands, return_lse)
                 if kind is not None:
                     self._short_calls.keep(kind, self._bound)
                 return (out, lse) if return_lse else out

@@ -32,7 +32,7 @@ class ShortCalls:
         self._bound: dict[Hashable, Any] = {}
 
     def find(self, key: Hashable) -> Any:
-        """What the first call of this kind was bound to; None before that has run."""
+        """What the first call of this kind was bound to; None before that has run, and of no kind."""
         return self._bound.get(key)
 
     def keep(self, key: Hashable, bound: Any) -> None:

@@ -105,8 +105,8 @@ def _opposed(op: str, operands: set[Node]) -> bool:
 def _is_bound(node: Node) -> bool:
     """Whether it is ``sum <= c`` of integers."""
     match node:
-        case Apply("le", (_, Constant() as bound)):
-            return bound.kind is Kind.INT
+        case Apply("le", (total, Constant() as bound)):
+            return total.kind is bound.kind is Kind.INT
     return False
 
 
