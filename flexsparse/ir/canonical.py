@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import sympy
 
@@ -61,11 +62,10 @@ def _joined(op: str, operands: set[Node]) -> Node:
     """Operands without duplicates, complements, absorbed ones or weaker bounds, in the order of their text."""
     neutral, absorbing = (TRUE, FALSE) if op == "and" else (FALSE, TRUE)
     operands = {o for o in operands if o != neutral}
-    if absorbing in operands or any(_negation(o) in operands for o in operands):
+    negations = {o: _negation(o) for o in operands if o != absorbing}
+    if absorbing in operands or not operands.isdisjoint(negations.values()) or _opposed(op, negations):
         return absorbing
     operands = _tightest(op, operands)
-    if _opposed(op, operands):
-        return absorbing
     other = "or" if op == "and" else "and"
     kept = [o for o in operands if not any(p != o and p in _chain(other, o) for p in operands)]
     if not kept:
@@ -83,31 +83,35 @@ def _tightest(op: str, operands: set[Node]) -> set[Node]:
     rest = set()
     choose = min if op == "and" else max
     for operand in operands:
-        match operand:
-            case Apply("le", (total, Constant(c))) if operand.args[1].kind is Kind.INT:
-                bounds[total] = choose(int(c), bounds.get(total, int(c)))
-            case _:
-                rest.add(operand)
+        bound = _bound(operand)
+        if bound is None:
+            rest.add(operand)
+        else:
+            total, c = bound
+            bounds[total] = choose(c, bounds.get(total, c))
     return rest | {Apply("le", (total, Constant(c))) for total, c in bounds.items()}
 
 
-def _opposed(op: str, operands: set[Node]) -> bool:
-    """Whether two bounds, on a sum and on its negative, leave nothing under &, everything under |."""
-    bounds = {o.args[0]: o.args[1].value for o in operands if _is_bound(o)}  # type: ignore[attr-defined]
-    for operand in filter(_is_bound, operands):
-        opposite, least = _negation(operand).args  # type: ignore[attr-defined]
-        bound = bounds.get(opposite)
-        if bound is not None and (bound <= least.value if op == "and" else bound >= least.value):
-            return True
+def _opposed(op: str, negations: Mapping[Node, Node]) -> bool:
+    """Whether two bounds, on a sum and on its negative, leave nothing under &, everything under |.
+
+    ``negations``: the operands with theirs.
+    """
+    bounds = [(operand, bound) for operand in negations if (bound := _bound(operand)) is not None]
+    for operand, _ in bounds:
+        least = _bound(negations[operand])
+        for _, (total, c) in bounds:
+            if least is not None and total == least[0] and (c <= least[1] if op == "and" else c >= least[1]):
+                return True
     return False
 
 
-def _is_bound(node: Node) -> bool:
-    """Whether it is ``sum <= c`` of integers."""
+def _bound(node: Node) -> tuple[Node, int] | None:
+    """The sum and c of ``sum <= c`` of integers, None for anything else."""
     match node:
-        case Apply("le", (total, Constant() as bound)):
-            return total.kind is bound.kind is Kind.INT
-    return False
+        case Apply("le", (total, Constant(c))) if all(arg.kind is Kind.INT for arg in node.args):
+            return total, int(c)
+    return None
 
 
 def _negation(node: Node) -> Node:

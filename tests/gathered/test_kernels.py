@@ -29,9 +29,24 @@ WINDOW = P["sliding_window"](40)
 HYBRID = WINDOW | P["sparsek"](24, after=40)
 
 
+# What is left out of the interpreter's runs, which take seconds each: it is like something that is in them.
+LEFT_OUT = {f"sparsek gate {gate}" for gate in ("k", "logit", "none", "ste", "ste_identity", "ste_sigmoid")}
+LEFT_OUT |= {
+    "hybrid gate none",
+    "hybrid gate ste",
+    "hybrid gate ste_identity",
+    "paper hybrid",
+    "after greater than window",
+}
+
+
+def test_what_is_left_out_of_the_interpreter_exists() -> None:
+    assert set(COMPOSITIONS) > LEFT_OUT
+
+
 # The interpreter's bfloat16 is wrong.
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if not INTERPRETED or name not in LEFT_OUT])
 def test_every_composition_is_within_the_policy(name: str, dtype: torch.dtype) -> None:
     assert not failures(COMPOSITIONS[name], call_of(COMPOSITIONS[name], SIZE, dtype))
 
@@ -50,7 +65,7 @@ def test_any_heads_and_head_dim(shape: dict[str, Any]) -> None:
     assert not failures(HYBRID, call_of(HYBRID, SIZE, **shape))
 
 
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 129])
+@pytest.mark.parametrize("size", [1, 64, 129] if INTERPRETED else [1, 2, 63, 64, 65, 129])
 def test_any_length(size: int) -> None:
     assert not failures(HYBRID, call_of(HYBRID, size, batch=1))
 
@@ -115,8 +130,15 @@ def test_what_is_printed_into_the_kernels_means_what_it_says(name: str) -> None:
     assert not failures(pattern, call_of(pattern, SIZE, batch=1))
 
 
-@pytest.mark.parametrize("busy", [1, 6, 1000])
-@pytest.mark.parametrize("regime", ["random", "rising", "falling"])
+@pytest.mark.parametrize(
+    ("busy", "regime"),
+    [
+        (busy, regime)
+        for n, busy in enumerate((1, 6, 1000))
+        for m, regime in enumerate(("random", "rising", "falling"))
+        if not INTERPRETED or n == m
+    ],
+)
 def test_spans_of_chunks_add_up(busy: int, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that leave their slot within a span, stay through it, or stay through several."""
     monkeypatch.setattr(gathered_gradients, "_BUSY", busy)
