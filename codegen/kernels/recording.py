@@ -179,26 +179,30 @@ def operate(run: Callable[..., object], *tensors: Tensor) -> None:
 
 
 class Aside:
-    """Work that may run beside what follows it, until ``join``; on a stream of its own where that is ``wanted``."""
+    """Work that may run beside what follows it, until ``join``; on a stream of its own where that is ``wanted``.
+
+    A recording has one fork and one join, the first. What is aside later, as of a second selection, stands in line.
+    """
 
     def __init__(self, device: torch.device, *, wanted: bool) -> None:
         self._streams = _streams_of(device) if wanted else None
+        self._recorder: Recorder | None = None
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
         active = recorder()
-        if active is not None:
+        if active is not None and active.fork < 0:
+            self._recorder = active
             active.fork, active.aside = len(active.entries), True
         with _forked(self._streams):
             yield
-        if active is not None:
-            active.aside = False
+        if self._recorder is not None:
+            self._recorder.aside = False
 
     def join(self) -> None:
         """What follows waits for it."""
-        active = recorder()
-        if active is not None:
-            active.join = len(active.entries)
+        if self._recorder is not None:
+            self._recorder.join = len(self._recorder.entries)
         if self._streams is not None:
             here, beside = self._streams
             here.wait_stream(beside)

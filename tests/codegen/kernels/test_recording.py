@@ -117,6 +117,31 @@ def test_what_is_aside_has_a_stream_of_its_own_where_there_is_one(two: bool) -> 
         assert log == [("before", 1, a), ("aside", 1, a), ("meanwhile", 1, a), ("after", 1, b)]
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_what_is_aside_a_second_time_stands_in_line(two: bool) -> None:
+    log: list[Any] = []
+    given, made = ready()
+
+    def run() -> None:
+        for name in ("first", "second"):
+            beside = Aside(given.device, wanted=False)
+            with beside.begun():
+                start(log, f"{name} aside", given)
+            start(log, f"{name} meanwhile", made)
+            beside.join()
+
+    found = recorded([given, made], run)
+    assert found is not None
+    repeat(found, (given, made, torch.empty(0)), Stream(1, log), Stream(2, log) if two else None)
+    started = [(entry[0], entry[1]) for entry in log if isinstance(entry[0], str)]
+    names = ["first aside", "first meanwhile", "second aside", "second meanwhile"]
+    assert started == list(zip(names, [2 if two else 1, 1, 1, 1], strict=True))
+    waits = [number for number, entry in enumerate(log) if entry[1] == "waits for"]
+    assert [log[number] for number in waits] == [(2, "waits for", 1), (1, "waits for", 2)] * two
+    # The second selection begins when the first has been waited for.
+    assert waits == [0, 3] * two
+
+
 def test_work_that_ends_aside_is_waited_for() -> None:
     log: list[Any] = []
     given, made = ready()
