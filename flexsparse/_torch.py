@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import flex_attention as _module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from flexsparse.errors import GradientError
 
@@ -155,25 +154,9 @@ def has_tangent(tensor: Tensor) -> bool:
 class SeesOperations(TorchDispatchMode):
     """Calls ``see`` with schema and result of every operation inside ``with``, which goes on as without it."""
 
-    _depth = threading.local()
-
     def __init__(self, see: Callable[[Any, Any], None]) -> None:
         super().__init__()
         self._see = see
-
-    def __enter__(self) -> Any:
-        self._depth.value = self.depth() + 1
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._depth.value = self.depth() - 1
-        super().__exit__(*error)
-
-    @classmethod
-    def depth(cls) -> int:
-        """How many of these this thread is in."""
-        found: int = getattr(cls._depth, "value", 0)
-        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -189,7 +172,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == SeesOperations.depth()
+        and all(isinstance(mode, SeesOperations) for mode in _get_current_dispatch_mode_stack())
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 

@@ -27,7 +27,7 @@ from flexsparse.runtime.chunked import mass_of_keys
 from flexsparse.runtime.inputs import Shapes, check_scale, completed_by, shapes_of, tensors_of
 from flexsparse.runtime.numbers import split_numbers
 from flexsparse.settings import Settings
-from flexsparse.short_calls import ShortCalls, attend_again, key_of_call
+from flexsparse.short_calls import ShortCalls, attend_again, short_call
 from flexsparse.traced import attend_traced, attention_within, key_of, outside_graphs, remember
 
 
@@ -185,28 +185,29 @@ class CompiledAttention(InspectedPattern):
         shapes = replace(shapes, needs_grad=needs_grad)
         factor = check_scale(scale, shapes.head_dim)
         compiled = compile_pattern(self._node, q_offset != 0).numbered(numbers)
-        operands, kind = (query, key, value), None
+        operands, short = (query, key, value), None
+        bind = functools.partial(
+            bind_call, compiled, shapes, given, self._settings, operands=(query, key), validate=validate
+        )
 
         def attend(into: tuple[Tensor, Tensor]) -> None:
-            bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=False)
-            out, _ = self.runner.run(bound, factor, operands, True, into=into)
+            out, _ = self.runner.run(bind(), factor, operands, True, into=into)
             assert out is into[0]
 
         try:
             if not (needs_grad or validate):
-                kind = key_of_call(compiled, shapes, self._settings, operands, given, self.key, numbers, factor)
-                known = self._short_calls.find(kind)
-                if known is not None:
-                    self._bound = known
-                    out, lse = attend_again(kind, shapes, operands, given, attend)
-                    return (out, lse) if return_lse else out
-            bound = bind_call(compiled, shapes, given, self._settings, operands=(query, key), validate=validate)
+                short = short_call(compiled, shapes, self._settings, operands, given, self.key, numbers, factor)
+            if short is not None and (known := self._short_calls.find(short.key)) is not None:
+                self._bound = known
+                out, lse = attend_again(short, shapes, attend)
+                return (out, lse) if return_lse else out
+            bound = bind()
             self._bound = BoundAttention(self, bound.plan, bound.program)
             self._announce(bound.plan)
             if bound.plan.backend != "reference":
                 out, lse = self.runner.run(bound, factor, operands, return_lse)
-                if kind is not None:
-                    self._short_calls.keep(kind, self._bound)
+                if short is not None:
+                    self._short_calls.keep(short.key, self._bound)
                 return (out, lse) if return_lse else out
         except BackendError as error:
             if self._settings.fallback is None:

@@ -40,7 +40,13 @@ _SDPA = {
 # The mask as a tensor is built from dense index tensors; beyond this it would not be built by anyone.
 _LONGEST_MASK = 4096
 THIS = "this pattern"
-_OTHERS = ("flash-linear-attention", "adasplash", "flash-sparse-attn", "attn-gym")
+# Other libraries: what is imported of each, and the package that brings it.
+_OTHERS = {
+    "fla.ops.nsa": "flash-linear-attention",
+    "adasplash": "adasplash",
+    "flash_sparse_attn": "flash-sparse-attn",
+    "attn_gym.masks": "attn-gym",
+}
 _BUILDS = itertools.count()
 
 
@@ -237,10 +243,10 @@ def _flex_under(setting: Setting, mask: Any, score_mod: Any) -> Callable[[], Ten
     return lambda: compiled(query, key, value)
 
 
-def _module(name: str, package: str, setting: Setting, *, gpu: bool = True) -> Any:
-    """An optional library. Raises CannotRun where it is not installed, or cannot be imported, or wants a GPU."""
+def _module(name: str, setting: Setting, *, gpu: bool = True) -> Any:
+    """A module of ``_OTHERS``. Raises CannotRun where it is not installed, or cannot be imported, or wants a GPU."""
     if importlib.util.find_spec(name.split(".")[0]) is None:
-        raise CannotRun(f"not installed (pip install {package})")
+        raise CannotRun(f"not installed (pip install {_OTHERS[name]})")
     if gpu and not setting.call.query.is_cuda:
         raise CannotRun("its kernels need a GPU")
     try:
@@ -253,7 +259,7 @@ def _module(name: str, package: str, setting: Setting, *, gpu: bool = True) -> A
 def versions_of_others() -> dict[str, str]:
     """The versions of the other libraries, of those that are installed."""
     found = {}
-    for package in _OTHERS:
+    for package in _OTHERS.values():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -261,7 +267,7 @@ def versions_of_others() -> dict[str, str]:
 
 def _fla(setting: Setting) -> Callable[[], Tensor]:
     """NSA's selected branch on fixed random blocks: 16 of 64 keys a query, its own block among them."""
-    module = _module("fla.ops.nsa", "flash-linear-attention", setting)
+    module = _module("fla.ops.nsa", setting)
     query, key, value = (x.transpose(1, 2) for x in setting.call.operands.values())
     (batch, length, heads, _), kv_heads = query.shape, key.shape[2]
     group = heads // kv_heads
@@ -282,7 +288,7 @@ def _fla(setting: Setting) -> Callable[[], Tensor]:
 
 
 def _adasplash(setting: Setting) -> Callable[[], Tensor]:
-    module = _module("adasplash", "adasplash", setting)
+    module = _module("adasplash", setting)
     query, key, value = setting.call.operands.values()
     group = query.shape[1] // key.shape[1]
 
@@ -297,7 +303,7 @@ def _adasplash(setting: Setting) -> Callable[[], Tensor]:
 
 def _flash_sparse(setting: Setting) -> Callable[[], Tensor]:
     """Attention that leaves out keys whose weight is below its threshold, the default one."""
-    module = _module("flash_sparse_attn", "flash-sparse-attn", setting)
+    module = _module("flash_sparse_attn", setting)
     function = getattr(module, "flash_sparse_attn_func", None)
     if function is None:
         raise CannotRun("this version has no flash_sparse_attn_func")
@@ -314,7 +320,7 @@ def _attn_gym(setting: Setting) -> Callable[[], Tensor]:
     """FlexAttention under the library's causal mask, as its own examples build it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    module = _module("attn_gym.masks", "attn_gym", setting, gpu=False)
+    module = _module("attn_gym.masks", setting, gpu=False)
     query, kv_len = setting.call.query, setting.call.key.shape[2]
     mask = create_block_mask(module.causal_mask, None, None, query.shape[2], kv_len, device=str(query.device))
     return _flex_under(setting, mask, None)

@@ -265,6 +265,7 @@ def forget_tiles() -> None:
     _TILES.clear()
 
 
+@functools.lru_cache(maxsize=1024)
 def reads_tensors(mask: Node) -> bool:
     """Whether the mask depends on anything that is given at the call, or on a table of ``per_head`` numbers."""
     return any(isinstance(n, Load | Selected | Chosen | Opaque) for n in walk(mask))

@@ -8,7 +8,7 @@ where addresses come back.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ _SHORT = 1 << 17
 _KEPT = 256
 
 
+class ShortCall(NamedTuple):
+    """What decides all that a call does, and the tensors that it reads: query, key, value, others by their names."""
+
+    key: Hashable
+    tensors: list[Tensor]
+
+
 class ShortCalls:
     """Those of one compiled pattern: what each kind was bound to when it first ran."""
 
@@ -32,7 +39,7 @@ class ShortCalls:
         self._bound: dict[Hashable, Any] = {}
 
     def find(self, key: Hashable) -> Any:
-        """What the first call of this kind was bound to; None before that has run, and of no kind."""
+        """What the first call of this kind was bound to; None before that has run."""
         return self._bound.get(key)
 
     def keep(self, key: Hashable, bound: Any) -> None:
@@ -41,15 +48,15 @@ class ShortCalls:
         self._bound[key] = bound
 
 
-def key_of_call(
+def short_call(
     compiled: Compiled,
     shapes: Shapes,
     settings: Settings,
     operands: tuple[Tensor, ...],
     given: Mapping[str, Tensor],
     *numbers: Hashable,
-) -> Hashable:
-    """What decides all that a call does, addresses and values aside; None for one that is not repeated as a whole."""
+) -> ShortCall | None:
+    """A call of these tensors, ``given`` by name, and numbers; None for one that is not repeated as a whole."""
     if shapes.device.type != _DEVICE or shapes.batch * shapes.heads * shapes.q_len > _SHORT:
         return None
     if compiled.backend(shapes, settings) != "gather" or reads_tensors(compiled.near.mask):
@@ -57,28 +64,24 @@ def key_of_call(
     if compiled.program.has_sink or compiled.program.learnable:
         # PyTorch completes what the kernels give.
         return None
-    tensors = [*operands, *given.values()]
+    names = sorted(given)
+    tensors = [*operands, *[given[name] for name in names]]
     if not all(is_plain(x) and x.device == shapes.device for x in tensors):
         return None
     from flexsparse.runtime.gathered_sizes import sizes_of
 
-    kinds = [(name, x.requires_grad, x.dtype, x.shape) for name, x in sorted(given.items())]
-    return shapes, sizes_of("forward", shapes), *kinds, *numbers
+    kinds = [(name, given[name].requires_grad, given[name].dtype, given[name].shape) for name in names]
+    return ShortCall((shapes, sizes_of("forward", shapes), *kinds, *numbers), tensors)
 
 
 def attend_again(
-    key: Hashable,
-    shapes: Shapes,
-    operands: tuple[Tensor, ...],
-    given: Mapping[str, Tensor],
-    attend: Callable[[tuple[Tensor, Tensor]], Any],
+    call: ShortCall, shapes: Shapes, attend: Callable[[tuple[Tensor, Tensor]], Any]
 ) -> tuple[Tensor, Tensor]:
     """out and lse, which ``attend`` writes where it is told, or what was recorded of it."""
     from flexsparse.codegen.kernels.recording import repeated
     from flexsparse.runtime.gathered import rooms_for
 
-    made = rooms_for(operands[0], shapes)
-    tensors = [*operands, *(tensor for _, tensor in sorted(given.items()))]
+    made = rooms_for(call.tensors[0], shapes)
     with torch.no_grad():
-        repeated(("attention", key), tensors, made, lambda: attend(made))
+        repeated(("attention", call.key), call.tensors, made, lambda: attend(made))
     return made

@@ -154,9 +154,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     for name, members in modules.items():
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
     whole = peers._module
-    monkeypatch.setattr(
-        peers, "_module", lambda name, package, setting, gpu=True: whole(name, package, setting, gpu=False)
-    )
+    monkeypatch.setattr(peers, "_module", lambda name, setting, gpu=True: whole(name, setting, gpu=False))
     monkeypatch.setattr(importlib.util, "find_spec", lambda found: found)
     return given
 
@@ -165,11 +163,11 @@ def test_an_import_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda found: found)
     setting = types.SimpleNamespace(call=types.SimpleNamespace(query=types.SimpleNamespace(is_cuda=True)))
     with pytest.raises(CannotRun, match=r"^its import failed: No module named 'no_such_library'$"):
-        peers._module("no_such_library", "no-such-library", setting)  # type: ignore[arg-type]
+        peers._module("no_such_library", setting)  # type: ignore[arg-type]
 
 
 def test_versions_of_other_libraries_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_OTHERS", ("rich", "no-such-library"))
+    monkeypatch.setattr(peers, "_OTHERS", {"rich": "rich", "no_such_library": "no-such-library"})
     assert peers.versions_of_others() == {"rich": importlib.metadata.version("rich")}
 
 

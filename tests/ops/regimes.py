@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,3 +69,17 @@ def grid_step(z: Tensor) -> float:
     largest = float(finite.abs().max())
     # The grid is a power of two below the bound on the range, so twice the bound is safe.
     return max((2 * largest + 1) * z.numel() * 2.0**-59, 4 * math.ulp(largest), 2.0**-52)
+
+
+def in_forms(
+    cases: Sequence[Any], ones: Sequence[Any], others: Sequence[Any], whole: Callable[[Any], bool]
+) -> list[tuple[Any, ...]]:
+    """Cases in their forms, one of two ``ones`` and of two ``others``: in all where ``whole(case)``, else in two, which
+    have each of the four once.
+    """
+    return [
+        (*case, *form)
+        for number, case in enumerate(cases)
+        for place, form in enumerate(itertools.product(ones, others))
+        if whole(case) or place in (number % 2, 3 - number % 2)
+    ]

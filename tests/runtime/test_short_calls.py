@@ -14,7 +14,7 @@ from flexsparse import short_calls
 from flexsparse.runtime import gathered_sizes
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import Settings
-from flexsparse.short_calls import ShortCalls, key_of_call
+from flexsparse.short_calls import ShortCalls, short_call
 
 HYBRID = "sliding_window(64) | sparsek(50, after=64)"
 SHAPES = Shapes(1, 16, 16, 4096, 4096, 128, 128, torch.bfloat16, torch.device("cuda"))
@@ -31,7 +31,8 @@ def key_of(
 ) -> Hashable:
     compiled = fs.compile(pattern)
     settings = {**vars(compiled.settings), **settings}
-    return key_of_call(compiled._compiled, shapes, Settings(**settings), (), given or {}, *numbers)
+    found = short_call(compiled._compiled, shapes, Settings(**settings), (), given or {}, *numbers)
+    return None if found is None else found.key
 
 
 def test_the_hybrid_is_and_so_are_scores_of_positions() -> None:

@@ -6,7 +6,6 @@ its own; in any other process without a GPU it is skipped.
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.ops import causal
-from tests.ops.regimes import REGIMES, draw
+from tests.ops.regimes import REGIMES, draw, in_forms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -29,14 +28,8 @@ CASES = [(name, n, 20, 7) for name in CHOSEN for n in (140,)] + [("normal", 1, 1
 if not INTERPRETED:
     CASES = [(name, n, k, a) for name in REGIMES for n, k, a in ((1, 1, 0), (300, 40, 17), (5000, 64, 100))]
     CASES += [("normal", 300, 2**40, 3), ("normal", 300, 5, 2**40)]
-FORMS = list(itertools.product((False, True), ("one a row", "many a row")))
 # In the interpreter two forms of four are enough for most regimes, each with segments and without.
-RUNS = [
-    (*case, *form)
-    for number, case in enumerate(CASES)
-    for place, form in enumerate(FORMS)
-    if not INTERPRETED or case[0] == "normal" or place in (number % 2, 3 - number % 2)
-]
+RUNS = in_forms(CASES, (False, True), ("one a row", "many a row"), lambda case: not INTERPRETED or case[0] == "normal")
 
 
 def same(name: str, got: Tensor, wanted: Tensor) -> None:

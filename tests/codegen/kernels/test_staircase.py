@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.ops import causal
-from tests.ops.regimes import REGIMES, draw
+from tests.ops.regimes import REGIMES, draw, in_forms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -37,13 +37,7 @@ CASES += [("falling", SHAPES[2], 45), ("rising", SHAPES[3], 64), ("all +inf", SH
 if not INTERPRETED:
     CASES += [(regime, shape, 59) for regime in REGIMES for shape in SHAPES]
 # Counts or sums, with segments or without: in the interpreter two of the four for each case.
-FORMS = list(itertools.product((False, True), (False, True)))
-RUNS = [
-    (*case, *form)
-    for number, case in enumerate(CASES)
-    for place, form in enumerate(FORMS)
-    if not INTERPRETED or place in (number % 2, 3 - number % 2)
-]
+RUNS = in_forms(CASES, (False, True), (False, True), lambda _: not INTERPRETED)
 
 
 class Twin(NamedTuple):
