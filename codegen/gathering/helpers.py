@@ -108,6 +108,19 @@ def scaled(x, by, PACKED: tl.constexpr):
 
 
 @triton.jit
+def part_sums(x):
+    """Sums along the rows of x [M, N] in four parts, [M, 4]. Tensor cores leave what a part adds up in one thread."""
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@triton.jit
+def for_parts(by, x):
+    """by [M] for each part of x's rows, [M, 4]. That all that it takes the greatest of is equal, the compiler sees."""
+    same = tl.reshape(tl.broadcast_to(by[:, None], x.shape), [x.shape[0], x.shape[1] // 8, 4, 2])
+    return tl.max(tl.max(same, 3), 1)
+
+
+@triton.jit
 def rows_of(p_base, index, stride, feature, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr):
     """Rows by index, [len(index), PADDED]; WIDE where they lie more than 2^31 numbers apart."""
     if WIDE:

@@ -35,7 +35,7 @@ def _for_each_tile(part: str) -> Lines:
 
 def _slots_loop(n: str, body: Lines, scored: bool) -> Lines:
     head = f"(b * heads_{n} + h // group_{n})"
-    load = f"tl.load(records + slot[:, None] * 2 + twice[None, :], mask=(slot < k_{n})[:, None], other=0)"
+    load = f"tl.load(records + tl.minimum(slot, k_{n} - 1)[:, None] * 2 + twice[None, :])"
     return [
         f"# Selection {n}: the keys in its slots as the chunk starts; no more slots are in use than keys came before.",
         "slot = tl.arange(0, BLOCK_N)",
@@ -45,7 +45,9 @@ def _slots_loop(n: str, body: Lines, scored: bool) -> Lines:
         f"following = {load}",
         f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
         "    # The keys of the next tile are known before this one's are used.",
-        "    holders, scores = tl.split(tl.reshape(following, [BLOCK_N, 2, 2]))",
+        "    # Masked only now: a loop waits at its end for what it loads with a mask, to move it.",
+        f"    known = tl.where((slot < k_{n})[:, None], following, 0)",
+        "    holders, scores = tl.split(tl.reshape(known, [BLOCK_N, 2, 2]))",
         "    holder, again = tl.split(holders)",
         *(["    bits, again = tl.split(scores)", f"    u_{n} = bits.to(tl.float32, bitcast=True)[None, :]"] * scored),
         "    slot += BLOCK_N",

@@ -109,9 +109,10 @@ def module_text(
         + by_row
         + known_thresholds
         + 'top = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
-        + "total = tl.zeros([BLOCK_M], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
+        + "total = tl.zeros([BLOCK_M, 4], tl.float32)\nout = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)\n"
         + "\n".join(row_loops(blocks, "forward", gated))
         + """
+total = tl.sum(total, 1)
 # NaN is not nothing, and must come out.
 some = total != 0.0
 out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)

@@ -118,7 +118,7 @@ def attend(printer: Printer, part: Part, kind: str) -> Lines:
         'level = tl.where(higher == float("-inf"), 0.0, higher)',
         "p = exp_above(score, level[:, None], PRECISION)",
         "shrink = tl.where(higher == top, 1.0, tl.exp2((top - level) * LOG2E))",
-        "total = total * shrink + tl.sum(p, 1)",
+        "total = total * for_parts(shrink, p) + part_sums(p)",
         *([f"p = {product if sure is not None else _shown(printer, part, kind, product)}"] if gate else []),
         "out = scaled(out, shrink[:, None], PACKED)",
         "out = tl.dot(p.to(value.dtype), value, out, input_precision=PRECISION)",

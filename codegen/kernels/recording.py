@@ -66,10 +66,15 @@ class Operand(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """A PyTorch operation that writes into tensors it is given, and what these are."""
+    """A PyTorch operation that writes into tensors it is given, what these are, and whether it may be in a graph."""
 
     run: Callable[..., object]
     tensors: tuple[Operand, ...]
+    in_graphs: bool
+
+
+def stands_alone(entry: Kernel | Operation) -> bool:
+    return isinstance(entry, Operation) and not entry.in_graphs
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class Recording:
 
     @functools.cached_property
     def parts(self) -> tuple[range, ...]:
-        """The numbers of entries: those of kernels that follow one another together, an operation alone."""
-        cuts = [n for n, entry in enumerate(self.entries) if isinstance(entry, Operation)]
+        """The numbers of entries: those that follow one another together, an operation that is in no graph alone."""
+        cuts = [n for n, entry in enumerate(self.entries) if stands_alone(entry)]
         ends = sorted({0, len(self.entries), *cuts, *(n + 1 for n in cuts)})
         return tuple(itertools.starmap(range, itertools.pairwise(ends)))
 
@@ -128,11 +133,11 @@ class Recorder:
             arguments.append(value)
         self.entries.append(Kernel(runner, tuple(arguments), tuple(pointers), self.aside))
 
-    def operation(self, run: Callable[..., object], tensors: Sequence[Tensor]) -> None:
+    def operation(self, run: Callable[..., object], tensors: Sequence[Tensor], in_graphs: bool) -> None:
         # A fork and its join belong to one graph.
         self.complete &= self.fork < 0
         found = tuple(Operand(self._pointer(x), x.dtype, x.shape, x.stride()) for x in tensors)
-        self.entries.append(Operation(run, found))
+        self.entries.append(Operation(run, found, in_graphs))
 
     def recording(self) -> Recording | None:
         if not self.complete:
@@ -166,8 +171,11 @@ def recorder() -> Recorder | None:
     return found
 
 
-def operate(run: Callable[..., object], *tensors: Tensor) -> None:
-    """``run(*tensors)``, an operation of PyTorch's that writes into some of them and does nothing else."""
+def operate(run: Callable[..., object], *tensors: Tensor, in_graphs: bool = False) -> None:
+    """``run(*tensors)``, an operation of PyTorch's that writes into some of them and does nothing else.
+
+    ``in_graphs``: it allocates nothing either, so that a graph which owns no memory can have it.
+    """
     active = recorder()
     if active is None:
         run(*tensors)
@@ -175,7 +183,7 @@ def operate(run: Callable[..., object], *tensors: Tensor) -> None:
     complete = active.complete
     run(*tensors)
     active.complete = complete
-    active.operation(run, tensors)
+    active.operation(run, tensors, in_graphs)
 
 
 class Aside:
@@ -270,7 +278,7 @@ def repeated(
         bases = (*tensors, scratch, *found.constants)
         graphs = None
         if not torch.cuda.is_current_stream_capturing():
-            graphs = graphs_at(found, (*addresses, *[x.data_ptr() for x in bases[len(addresses) :]]), device)
+            graphs = graphs_at(found, tuple([x.data_ptr() for x in bases]), bases, device)
         if graphs is None:
             here = torch.cuda.current_stream(device)
             beside = _beside(device, here.cuda_stream) if two_streams and found.fork >= 0 else None
@@ -297,22 +305,21 @@ def recorded(tensors: Sequence[Tensor], run: Callable[[], None]) -> Recording | 
 
 def repeat(recording: Recording, bases: Sequence[Tensor], here: Any, beside: Any) -> None:
     """Start the entries on the caller's tensors, the scratch and the constants; what is aside on ``beside`` if any."""
-    addresses = [x.data_ptr() for x in bases]
     for part in recording.parts:
-        if isinstance(recording.entries[part[0]], Operation):
-            _operate_again(recording.entries[part[0]], bases)
-        else:
-            _start(recording, part, addresses, here, beside)
+        _start(recording, part, bases, here, beside)
 
 
-def _start(recording: Recording, part: range, addresses: Sequence[int], here: Any, beside: Any) -> None:
-    """Start kernels that follow one another. No operation stands between fork and join."""
+def _start(recording: Recording, part: range, bases: Sequence[Tensor], here: Any, beside: Any) -> None:
+    """Start entries that follow one another, on ``here``, the current stream. No operation is in a fork."""
+    addresses = [x.data_ptr() for x in bases]
     main = other = here.cuda_stream
     if beside is not None:
         other = beside.cuda_stream
     for number in part:
         entry = recording.entries[number]
-        assert isinstance(entry, Kernel)
+        if isinstance(entry, Operation):
+            _operate_again(entry, bases)
+            continue
         if beside is not None and number == recording.fork:
             beside.wait_stream(here)
         if beside is not None and number == recording.join:
@@ -325,8 +332,10 @@ def _start(recording: Recording, part: range, addresses: Sequence[int], here: An
         here.wait_stream(beside)
 
 
-def graphs_at(recording: Recording, addresses: tuple[int, ...], device: torch.device) -> list[Any] | None:
-    """Graphs, and numbers of operations between them, for these addresses, once they have come often enough."""
+def graphs_at(
+    recording: Recording, addresses: tuple[int, ...], bases: Sequence[Tensor], device: torch.device
+) -> list[Any] | None:
+    """Graphs, and numbers of operations between them, for tensors at these addresses that have come often enough."""
     found = recording.known.get(addresses, 0)
     if isinstance(found, list):
         return found
@@ -341,8 +350,8 @@ def graphs_at(recording: Recording, addresses: tuple[int, ...], device: torch.de
     _make_room()
     made: list[Any] = []
     for part in recording.parts:
-        is_operation = isinstance(recording.entries[part[0]], Operation)
-        made.append(part[0] if is_operation else _captured(recording, part, addresses, device))
+        alone = stands_alone(recording.entries[part[0]])
+        made.append(part[0] if alone else _captured(recording, part, bases, device))
     recording.known[addresses] = -1 if None in made else made
     return None if None in made else made
 
@@ -355,8 +364,8 @@ def _make_room() -> None:
             recording.known.clear()
 
 
-def _captured(recording: Recording, part: range, addresses: tuple[int, ...], device: torch.device) -> Any:
-    """The graph of kernels that follow one another; None where the driver makes none."""
+def _captured(recording: Recording, part: range, bases: Sequence[Tensor], device: torch.device) -> Any:
+    """The graph of entries that follow one another; None where the driver makes none."""
     here, beside = _beside(device, -1), _beside(device, -2)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -364,7 +373,7 @@ def _captured(recording: Recording, part: range, addresses: tuple[int, ...], dev
             # Other threads may go on allocating.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                _start(recording, part, addresses, here, beside if recording.fork in part else None)
+                _start(recording, part, bases, here, beside if recording.fork in part else None)
             finally:
                 graph.capture_end()
     except RuntimeError:

@@ -233,7 +233,7 @@ def threshold_gradient(
         _between, size, (grid.value, grid.alive, grid.unit, floor, ceil, end, enters, leaves, at, by, change),
         (times, after, times.bit_length()), SEGMENTS=segments is not None, BLOCK=_BLOCK,
     )  # fmt: skip
-    operate(_add, change, at, by)
+    operate(_add, change, at, by, in_graphs=True)
     blocks = torch.empty(rows, n_blocks, dtype=torch.int32, device=device)
     totals = torch.empty(rows, n_blocks, dtype=torch.float64, device=device)
     share = torch.empty(rows, times, dtype=torch.float64, device=device)

@@ -37,7 +37,7 @@ _LEAST_SHARED = 101_376
 FOUR_BLOCKS, THREE_BLOCKS, FEW_FEATURES = 128, 168, 128
 _TRIED = {
     "forward": (
-        *(Sizes(CHUNK, 32, 4, 2, FOUR_BLOCKS), Sizes(CHUNK, 64, 4, 2)),
+        *(Sizes(CHUNK, 32, 4, 3, THREE_BLOCKS), Sizes(CHUNK, 32, 4, 2, FOUR_BLOCKS), Sizes(CHUNK, 64, 4, 2)),
         *(Sizes(CHUNK, 64, 4, 1), Sizes(CHUNK, 32, 4, 1), Sizes(CHUNK, 16, 4, 1)),
     ),
     "query": (

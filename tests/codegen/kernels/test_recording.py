@@ -235,12 +235,32 @@ def test_addresses_get_graphs_once_they_came_often(monkeypatch: pytest.MonkeyPat
         return f"graph of {list(part)}"
 
     monkeypatch.setattr(recording, "_captured", captured)
-    asked = [recording.graphs_at(found, (1, 2, 3), given.device) for _ in range(4)]
+    asked = [recording.graphs_at(found, (1, 2, 3), (), given.device) for _ in range(4)]
     assert asked[:2] == [None, None]
     assert asked[2] == asked[3] == ["graph of [0]", 1, "graph of [2, 3]"]
-    assert recording.graphs_at(found, (1, 2, 4), given.device) is None
+    assert recording.graphs_at(found, (1, 2, 4), (), given.device) is None
     # Captured once, as the same addresses have the same graphs.
     assert parts == [range(1), range(2, 4)]
+
+
+def test_an_operation_that_allocates_nothing_is_in_the_graph_of_its_neighbours() -> None:
+    given, made = ready()
+    log: list[Any] = []
+
+    def run() -> None:
+        start(log, "first", given)
+        operate(double, given, made, in_graphs=True)
+        start(log, "second", made)
+
+    found = recorded([given, made], run)
+    assert found is not None
+    assert found.parts == (range(3),)
+    a, b = ready()
+    a += 1.0
+    log.clear()
+    repeat(found, (a, b, torch.empty(0)), Stream(1, log), None)
+    assert [name for name, *_ in log] == ["first", "second"]
+    assert torch.equal(b, 2 * a)
 
 
 def test_no_graphs_where_the_environment_says_so_or_the_driver_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +271,9 @@ def test_no_graphs_where_the_environment_says_so_or_the_driver_makes_none(monkey
     monkeypatch.setattr(recording, "_captured", lambda of, part, *_: tried.append(part))
     with monkeypatch.context() as patch:
         patch.setenv(recording.GRAPHS, "0")
-        assert [recording.graphs_at(found, (1, 2), given.device) for _ in range(5)] == [None] * 5
+        assert [recording.graphs_at(found, (1, 2), (), given.device) for _ in range(5)] == [None] * 5
     assert not tried
-    assert [recording.graphs_at(found, (3, 4), given.device) for _ in range(9)] == [None] * 9
+    assert [recording.graphs_at(found, (3, 4), (), given.device) for _ in range(9)] == [None] * 9
     assert len(tried) == 1
 
 
@@ -264,13 +284,13 @@ def test_addresses_and_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(recording, "_recordings", {"a": found, "b": None})
     monkeypatch.setattr(recording, "_captured", lambda *_: "graph")
     for n in range(300):
-        recording.graphs_at(found, (n,), given.device)
+        recording.graphs_at(found, (n,), (), given.device)
     assert len(found.known) == recording._ADDRESSES
     monkeypatch.setattr(recording, "_MOST", 5)
     found.known.clear()
     for n in range(8):
         for _ in range(3):
-            recording.graphs_at(found, (n,), given.device)
+            recording.graphs_at(found, (n,), (), given.device)
         assert sum(x == ["graph"] for x in found.known.values()) == n % 5 + 1
 
 
