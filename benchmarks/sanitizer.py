@@ -31,6 +31,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 PATTERNS = ("sliding_window(40) | sparsek(24, after=40)", "causal() & (sinks(2) | topk(9, after=3, gate='v'))")
 # Rows in one program and rows in several, with refinements and without.
 SCORES = ((3, 300), (2, 5000), (2, 40_000))
+_BEGUN = time.perf_counter()
 
 
 def watched() -> list[str]:
@@ -54,6 +55,7 @@ def _run_all() -> None:
             ops.slot_table(selection, 33, 64)
         z = torch.randn(rows, size, device="cuda", requires_grad=True)
         torch.autograd.grad(ops.sparsek(z, 5).square().sum(), z)
+        _done(f"{rows} rows of {size}")
     for pattern in PATTERNS:
         for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 24)):
             query = torch.randn(1, 4, 333, head_dim, device="cuda", dtype=dtype, requires_grad=True)
@@ -63,7 +65,12 @@ def _run_all() -> None:
             scores = torch.randn(1, 2, 333, device="cuda", requires_grad=True)
             out = fs.compile(pattern, backend="gather")(query, key, value, scores=scores)
             torch.autograd.grad(out.float().square().sum(), (query, key, value, scores))
+            _done(f"{pattern}, {dtype}, head_dim {head_dim}")
+
+
+def _done(what: str) -> None:
     torch.cuda.synchronize()
+    print(f"{time.perf_counter() - _BEGUN:.1f} s: {what}", file=sys.stderr, flush=True)
 
 
 def sanitized(tool: str, limit: float) -> dict[str, object]:
@@ -76,8 +83,8 @@ def sanitized(tool: str, limit: float) -> dict[str, object]:
             [*command, sys.executable, __file__, "--inner"],
             capture_output=True, text=True, timeout=limit, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"tool": tool, "clean": None, "said": f"not done after {limit:.0f} s"}
+    except subprocess.TimeoutExpired as ended:
+        return {"tool": tool, "clean": None, "said": f"not done after {limit:.0f} s", "errors": _end(ended.stderr)}
     lines = [line for line in done.stdout.splitlines() if line.startswith("=========")]
     summary = [line for line in lines if "SUMMARY" in line]
     return {
@@ -86,8 +93,13 @@ def sanitized(tool: str, limit: float) -> dict[str, object]:
         "exit_code": done.returncode,
         "seconds": round(time.perf_counter() - start, 1),
         "said": lines[-25:] if done.returncode else summary,
-        "errors": done.stderr[-500:] if done.returncode else "",
+        "errors": _end(done.stderr) if done.returncode else "",
     }
+
+
+def _end(text: str | bytes | None) -> str:
+    """The last of what a process said; a process that was ended gives bytes."""
+    return (text.decode(errors="replace") if isinstance(text, bytes) else text or "")[-500:]
 
 
 def main() -> int:
