@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +27,9 @@ PATTERN = "sliding_window(512) | sparsek(512, after=512)"
 _REPEATS = 10
 # The side of the matrices whose product keeps a GPU busy for a millisecond.
 _AHEAD = 8192
+# What a process that builds takes of a GPU's memory, bytes.
+_ROOM = 3 << 30
+_builder: OnGpu | None = None
 
 
 @dataclass(frozen=True)
@@ -76,51 +82,92 @@ def count(shapes: Iterable[Shapes]) -> int:
     return sum(len(candidates(kernel, one)) for one in shapes for kernel in KERNELS)
 
 
-def measure_on_gpu(shapes: Shapes) -> Measure:
-    """Times passes over random operands on ``shapes.device``: forward, or backward for gradient kernels."""
-    program = compile_pattern(parse(PATTERN).node)
-    device, dtype = shapes.device, shapes.dtype
-    lead = {"query": shapes.heads, "key": shapes.kv_heads, "value": shapes.kv_heads}
-    query, key, value = (
-        torch.randn(shapes.batch, n, shapes.q_len, shapes.head_dim, device=device, dtype=dtype, requires_grad=True)
-        for n in lead.values()
-    )
-    scores = torch.randn(shapes.batch, shapes.kv_heads, shapes.q_len, device=device, requires_grad=True)
-    bound = bind_call(program, shapes, {"scores": scores}, Settings(backend="gather"), validate=False)
-    source = gathered_source(program.program)
-    call = make_call(source, shapes, bound.tiles, shapes.head_dim**-0.5, bound.buffers, program.program.selections)
-    flow = torch.randn(shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim, device=device, dtype=dtype)
+class OnGpu:
+    """Passes over random operands on ``shapes.device``: forward, or backward for gradient kernels."""
 
-    ahead = torch.randn(_AHEAD, _AHEAD, device=device, dtype=torch.bfloat16)
+    def __init__(self, shapes: Shapes) -> None:
+        program = compile_pattern(parse(PATTERN).node)
+        device, dtype = shapes.device, shapes.dtype
+        lead = {"query": shapes.heads, "key": shapes.kv_heads, "value": shapes.kv_heads}
+        self._query, self._key, self._value = (
+            torch.randn(shapes.batch, n, shapes.q_len, shapes.head_dim, device=device, dtype=dtype, requires_grad=True)
+            for n in lead.values()
+        )
+        scores = torch.randn(shapes.batch, shapes.kv_heads, shapes.q_len, device=device, requires_grad=True)
+        bound = bind_call(program, shapes, {"scores": scores}, Settings(backend="gather"), validate=False)
+        source, scale = gathered_source(program.program), shapes.head_dim**-0.5
+        self._call = make_call(source, shapes, bound.tiles, scale, bound.buffers, program.program.selections)
+        self._flow = torch.randn(
+            shapes.batch, shapes.heads, shapes.q_len, shapes.value_dim, device=device, dtype=dtype
+        )  # fmt: skip
+        self._ahead = torch.randn(_AHEAD, _AHEAD, device=device, dtype=torch.bfloat16)
 
-    def once(kernel: str, sizes: Mapping[str, Sizes]) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        backward = kernel != "forward"
-        if backward:
-            out, _ = attend_gathered(replace(call, sizes=sizes), query, key, value)
-        # The GPU is busy while the host launches, so that the time is that of the kernels.
-        for _ in range(3):
-            ahead @ ahead
-        start.record()
-        if backward:
-            torch.autograd.grad(out, (query, key, value), flow)
-        else:
-            attend_gathered(replace(call, sizes=sizes), query, key, value)
-        stop.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(stop)
+    def __call__(self, kernel: str, sizes: Sizes) -> float:
+        """``Measure``"""
+        if not self.build(kernel, sizes):
+            return float("inf")
+        return sorted(self._once(kernel, sizes) for _ in range(_REPEATS))[_REPEATS // 2]
 
-    def measure(kernel: str, sizes: Sizes) -> float:
-        chosen = {**call.sizes, kernel: sizes}
+    def build(self, kernel: str, sizes: Sizes) -> bool:
+        """Run it once; whether it can be built."""
         try:
-            once(kernel, chosen)
+            self._once(kernel, sizes)
         except Exception as error:
             if not _cannot_build(error):
                 raise
-            return float("inf")
-        return sorted(once(kernel, chosen) for _ in range(_REPEATS))[_REPEATS // 2]
+            return False
+        return True
 
-    return measure
+    def _once(self, kernel: str, sizes: Sizes) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        call = replace(self._call, sizes={**self._call.sizes, kernel: sizes})
+        operands, backward = (self._query, self._key, self._value), kernel != "forward"
+        if backward:
+            out, _ = attend_gathered(call, *operands)
+        # The GPU is busy while the host launches, so that the time is that of the kernels.
+        for _ in range(3):
+            self._ahead @ self._ahead
+        start.record()
+        if backward:
+            torch.autograd.grad(out, operands, self._flow)
+        else:
+            attend_gathered(call, *operands)
+        stop.record()
+        torch.cuda.synchronize(self._flow.device)
+        return start.elapsed_time(stop)
+
+
+def build_ahead(shapes: Shapes, measure: OnGpu, advance: Callable[[str], None]) -> set[tuple[str, Sizes]]:
+    """Build what the search will time, a process for each core; what cannot be built.
+
+    Triton keeps what they build in its cache on disk, where ``measure`` finds it. ``advance`` is told of each build.
+    Raises BrokenProcessPool where a process was ended.
+    """
+    trials = [(kernel, sizes) for kernel in KERNELS for sizes in candidates(kernel, shapes)]
+    # What every trial of the backward pass wants is built once, and not by every process.
+    measure.build("query", sizes_of("query", shapes))
+    free, _ = torch.cuda.mem_get_info(shapes.device)
+    workers = max(1, min(len(os.sched_getaffinity(0)), free // _ROOM))
+    failed = set()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shapes,)) as pool:
+        running = {pool.submit(_build, *trial): trial for trial in trials}
+        for done in as_completed(running):
+            if not done.result():
+                failed.add(running[done])
+            advance(f"building, {shapes.head_dim} wide")
+    return failed
+
+
+def _prepare(shapes: Shapes) -> None:
+    """In a process that builds: what its builds run on."""
+    global _builder
+    _builder = OnGpu(shapes)
+
+
+def _build(kernel: str, sizes: Sizes) -> bool:
+    assert _builder is not None
+    return _builder.build(kernel, sizes)
 
 
 def _cannot_build(error: Exception) -> bool:

@@ -38,9 +38,10 @@ def command(
 ) -> None:
     """Search tile sizes, warps and stages of the kernels that gather, and keep the fastest for this GPU.
 
-    Some minutes a head_dim, most of them spent building kernels. What is found is kept in FLEXSPARSE_CACHE_DIR
-    (default ~/.cache/flexsparse), by GPU, version of triton, width of the dtype and head_dim; later calls read it once
-    a process. Calls never measure anything by themselves. Ctrl-C keeps what was found for each whole head_dim.
+    Some minutes a head_dim, most of them spent building kernels, with a process for each core. What is found is kept
+    in FLEXSPARSE_CACHE_DIR (default ~/.cache/flexsparse), by GPU, version of triton, width of the dtype and head_dim;
+    later calls read it once a process. Calls never measure anything by themselves. Ctrl-C keeps what was found for each
+    whole head_dim.
 
     \b
     Examples:
@@ -55,9 +56,10 @@ def command(
     asked = [_shapes({**options, "head_dim": width}) for width in dict.fromkeys(head_dim)]
     shared.check_out("--out", out)
     found = []
-    with render.progress("Tuning", tuning.count(asked)) as advance:
+    # Each is built, then timed.
+    with render.progress("Tuning", 2 * tuning.count(asked)) as advance:
         for shapes in asked:
-            found.append(_tuned(shapes, _measure(shapes), advance))
+            found.append(_tuned(shapes, _measure(shapes, advance), advance))
             if out:
                 shared.write_out("--out", out, json.dumps(shared.finite(found), indent=1) + "\n")
     if as_json:
@@ -87,10 +89,19 @@ def _shapes(options: dict[str, Any]) -> Shapes:
     return replace(shapes, device=where)
 
 
-def _measure(shapes: Shapes) -> Measure:
-    from flexsparse.tuning import measure_on_gpu
+def _measure(shapes: Shapes, advance: Any) -> Measure:
+    """What times one choice of sizes, all of which are built before."""
+    from concurrent.futures.process import BrokenProcessPool
 
-    return measure_on_gpu(shapes)
+    from flexsparse.tuning import OnGpu, build_ahead
+
+    measure = OnGpu(shapes)
+    failed = set()
+    try:
+        failed = build_ahead(shapes, measure, advance)
+    except BrokenProcessPool as error:
+        click.echo(f"note: a process that builds was ended ({error}); what is left is built one by one.", err=True)
+    return lambda kernel, sizes: float("inf") if (kernel, sizes) in failed else measure(kernel, sizes)
 
 
 def _tuned(shapes: Shapes, measure: Measure, advance: Any) -> dict[str, Any]:

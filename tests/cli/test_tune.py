@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
 import torch
 
+from flexsparse import tuning
 from flexsparse.cli import options, tune
 from flexsparse.runtime import gathered_sizes, tuned
 from flexsparse.runtime.gathered_sizes import Sizes
+from flexsparse.runtime.inputs import Shapes
 from tests.cli.conftest import Invoke
 
 ASK = ("tune", "--head-dim", "64", "--length", "256")
@@ -29,7 +32,7 @@ def a_gpu(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[p
     monkeypatch.setattr(options, "read_device", lambda name, exists=True: torch.device("cuda", 0))
     for module in (tuned, gathered_sizes):
         monkeypatch.setattr(module, "place_of", place_of)
-    monkeypatch.setattr(tune, "_measure", lambda shapes: lambda kernel, sizes: abs(sizes.keys - 32) + sizes.stages)
+    monkeypatch.setattr(tune, "_measure", lambda *_: lambda kernel, sizes: abs(sizes.keys - 32) + sizes.stages)
     tuned.tuned_sizes.cache_clear()
     yield tmp_path / "cache"
     tuned.tuned_sizes.cache_clear()
@@ -86,7 +89,7 @@ def test_an_interrupt_leaves_no_half_of_a_file(
 ) -> None:
     """Ctrl-C while the second head_dim is measured: the first is kept, whole."""
 
-    def measure_of(shapes: Any) -> Any:
+    def measure_of(shapes: Any, advance: Any) -> Any:
         def measure(kernel: str, sizes: Sizes) -> float:
             if shapes.head_dim == 128 and kernel == "key":
                 raise KeyboardInterrupt
@@ -116,3 +119,21 @@ def test_mistakes_exit_with_2(
         answer = invoke(*ASK, *more)
         assert (answer.code, answer.out) == (2, "")
         assert said in answer.err
+
+
+def test_what_cannot_be_built_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a search end because a process that builds was."""
+    sizes, shapes = Sizes(64, 32, 4, 1), Shapes(1, 1, 1, 9, 9, 16, 16, torch.float16, torch.device("cuda", 0))
+    monkeypatch.setattr(tuning, "OnGpu", lambda shapes: lambda kernel, sizes: 1.0)
+    monkeypatch.setattr(tuning, "build_ahead", lambda shapes, measure, advance: {("forward", sizes)})
+    measure = tune._measure(shapes, str)
+    assert (measure("forward", sizes), measure("query", sizes)) == (float("inf"), 1.0)
+
+    def ended(*_: Any) -> Any:
+        raise BrokenProcessPool("out of memory")
+
+    monkeypatch.setattr(tuning, "build_ahead", ended)
+    assert tune._measure(shapes, str)("forward", sizes) == 1.0
+    assert "a process that builds was ended (out of memory)" in capsys.readouterr().err

@@ -192,6 +192,38 @@ def test_a_search_that_builds_nothing_says_so() -> None:
         tuning.search(SHAPES, lambda kernel, sizes: math.inf)
 
 
+def test_all_that_is_tried_is_built_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With threads in place of processes, and a GPU on which tiles of 16 keys cannot be built."""
+    built: list[tuple[str, Sizes]] = []
+    told: list[str] = []
+
+    class Builder:
+        def __init__(self, shapes: Shapes) -> None:
+            assert shapes == SHAPES
+
+        def build(self, kernel: str, sizes: Sizes) -> bool:
+            built.append((kernel, sizes))
+            return sizes.keys != 16
+
+    def threads(workers: int, context: Any, **options: Any) -> ThreadPoolExecutor:
+        # 10 GiB are free, and there is a process for every 3 of them.
+        assert 1 <= workers <= 3
+        return ThreadPoolExecutor(workers, **options)
+
+    monkeypatch.setattr(tuning, "OnGpu", Builder)
+    monkeypatch.setattr(tuning, "_builder", None)
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
+    measure: Any = Builder(SHAPES)
+    failed = tuning.build_ahead(SHAPES, measure, told.append)
+    # What the others of a pass have is built first.
+    assert built[0] == ("query", sizes_of("query", SHAPES))
+    everything = {(kernel, sizes) for kernel in KERNELS for sizes in tuning.candidates(kernel, SHAPES)}
+    assert set(built[1:]) == everything
+    assert len(told) == len(built) - 1 == tuning.count([SHAPES])
+    assert failed == {trial for trial in everything if trial[1].keys == 16}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter")
 def test_a_measurement_runs_the_kernel_with_the_sizes_in_question(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +243,7 @@ def test_a_measurement_runs_the_kernel_with_the_sizes_in_question(monkeypatch: p
     for module in (gathered, gathered_gradients):
         monkeypatch.setattr(module, "constants_of", seen)
     where = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    measure = tuning.measure_on_gpu(Shapes(1, 2, 1, 70, 70, 16, 16, torch.float16, where, needs_grad=True))
+    measure = tuning.OnGpu(Shapes(1, 2, 1, 70, 70, 16, 16, torch.float16, where, needs_grad=True))
     assert 0 <= measure("forward", Sizes(64, 32, 4, 1)) < math.inf
     assert set(ran) == {(64, 32)}
     assert 0 <= measure("key", Sizes(16, 32, 4, 1)) < math.inf
