@@ -46,7 +46,7 @@ def _slots_loop(n: str, body: Lines, scored: bool) -> Lines:
         f"for first in range(0, tl.minimum(k_{n}, start + 1), BLOCK_N):",
         "    # The keys of the next tile are known before this one's are used.",
         "    # Masked only now: a loop waits at its end for what it loads with a mask, to move it.",
-        f"    known = tl.where((slot < k_{n})[:, None], following, 0)",
+        f"    known = tl.where((first + tl.arange(0, BLOCK_N) < k_{n})[:, None], following, 0)",
         "    holders, scores = tl.split(tl.reshape(known, [BLOCK_N, 2, 2]))",
         "    holder, again = tl.split(holders)",
         *(["    bits, again = tl.split(scores)", f"    u_{n} = bits.to(tl.float32, bitcast=True)[None, :]"] * scored),

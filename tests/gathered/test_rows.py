@@ -73,8 +73,9 @@ def test_rows_padded_at_their_end(backend: str) -> None:
     assert outside(pattern, call, backend) == []
     assert_rows_alone(pattern, call, backend, [(n, slice(0, size)) for n, size in enumerate(LENGTHS)], HYBRID)
     got = evaluate(fs.compile(pattern, backend=backend), call)
-    for name in ("d key", "d value", "d scores"):
-        assert (got[name].movedim(1, -1)[~real] == 0).all(), name
+    # Through thresholds a score's gradient is a difference of running sums.
+    for name, most in (("d key", 0.0), ("d value", 0.0), ("d scores", 1e-15)):
+        assert (got[name].movedim(1, -1)[~real].abs() <= most).all(), name
 
 
 @on_each_backend
