@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -147,21 +149,29 @@ def build_ahead(shapes: Shapes, measure: OnGpu, advance: Callable[[str], None]) 
     # What every trial of the backward pass wants is built once, and not by every process.
     measure.build("query", sizes_of("query", shapes))
     free, _ = torch.cuda.mem_get_info(shapes.device)
-    workers = max(1, min(len(os.sched_getaffinity(0)), free // _ROOM))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(cores, free // _ROOM))
     failed = set()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shapes,)) as pool:
         running = {pool.submit(_build, *trial): trial for trial in trials}
-        for done in as_completed(running):
-            if not done.result():
-                failed.add(running[done])
-            advance(f"building, {shapes.head_dim} wide")
+        try:
+            for done in as_completed(running):
+                if not done.result():
+                    failed.add(running[done])
+                advance(f"building, {shapes.head_dim} wide")
+        except BaseException:
+            # What waits is not begun.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 
 def _prepare(shapes: Shapes) -> None:
-    """In a process that builds: what its builds run on."""
+    """In a process that builds: what its builds run on. Ctrl-C is for the process that searches."""
     global _builder
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     _builder = OnGpu(shapes)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -222,6 +223,21 @@ def test_all_that_is_tried_is_built_before(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(built[1:]) == everything
     assert len(told) == len(built) - 1 == tuning.count([SHAPES])
     assert failed == {trial for trial in everything if trial[1].keys == 16}
+
+    # An error that is none of building ends it, and what waits is not begun.
+    def fails(self: Any, kernel: str, sizes: Sizes) -> bool:
+        built.append((kernel, sizes))
+        # Long enough for the one that waits to hear of it.
+        time.sleep(0.02)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(Builder, "build", fails)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 80 << 30))
+    monkeypatch.setattr(measure, "build", lambda *trial: True, raising=False)
+    built.clear()
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        tuning.build_ahead(SHAPES, measure, told.append)
+    assert len(built) < len(everything)
 
 
 @pytest.mark.gpu
