@@ -278,7 +278,8 @@ def repeated(
         bases = (*tensors, scratch, *found.constants)
         graphs = None
         if not torch.cuda.is_current_stream_capturing():
-            graphs = graphs_at(found, tuple([x.data_ptr() for x in bases]), bases, device)
+            at = (*addresses, *[x.data_ptr() for x in bases[len(addresses) :]])
+            graphs = graphs_at(found, at, bases, device)
         if graphs is None:
             here = torch.cuda.current_stream(device)
             beside = _beside(device, here.cuda_stream) if two_streams and found.fork >= 0 else None

@@ -73,8 +73,8 @@ def test_rows_padded_at_their_end(backend: str) -> None:
     assert outside(pattern, call, backend) == []
     assert_rows_alone(pattern, call, backend, [(n, slice(0, size)) for n, size in enumerate(LENGTHS)], HYBRID)
     got = evaluate(fs.compile(pattern, backend=backend), call)
-    # Through thresholds a score's gradient is a difference of running sums.
-    for name, most in (("d key", 0.0), ("d value", 0.0), ("d scores", 1e-15)):
+    # Through thresholds a score's gradient is a difference of running sums, which a GPU adds up as a tree.
+    for name, most in (("d key", 0.0), ("d value", 0.0), ("d scores", 1e-15 if DEVICE == "cuda" else 0.0)):
         assert (got[name].movedim(1, -1)[~real].abs() <= most).all(), name
 
 
