@@ -4,8 +4,10 @@
 
 ``sliding_window(512) | sparsek(512, after=512)``, bf16, B = 1, head_dim 128, from scores to output: operator,
 selection, slot table and attention. Beside it, on the same operands: dense causal attention by cuDNN and by
-FlashAttention through ``scaled_dot_product_attention``, and by FlexAttention with its own block mask. Times are medians
-of whole calls in milliseconds; ``replay_ms`` is the forward pass under a CUDA graph, without the work of the host.
+FlashAttention through ``scaled_dot_product_attention``, and by FlexAttention with its own block mask; where 16 query
+heads share a KV head and flash-linear-attention is installed, its NSA too, with 16 blocks of 64 keys for each query:
+those that it chooses by its compressed branch, or its selected branch alone on given ones. Times are medians of whole
+calls in milliseconds; ``replay_ms`` is the forward pass under a CUDA graph, without the work of the host.
 ``peak_bytes`` is what a training step takes beyond operands, output and gradients; ``kernels_ms`` its longest
 kernels.
 """
@@ -13,6 +15,8 @@ kernels.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import pathlib
 import sys
@@ -27,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 import flexsparse as fs
+from flexsparse.peers import CannotRun, nsa, versions_of_others
 
 PATTERN = "sliding_window(512) | sparsek(512, after=512)"
 CASES = ((16, 16, 4096), (16, 16, 16384), (16, 16, 65536), (64, 4, 65536), (16, 16, 1 << 20))
@@ -106,6 +111,10 @@ def peers(heads: int, kv_heads: int, length: int) -> list[dict[str, Any]]:
 
     calls = {name: lambda backend=backend: dense(backend) for name, backend in PEERS.items()}
     calls["FlexAttention"] = lambda: flex(*tensors)
+    with contextlib.suppress(ImportError, CannotRun):
+        module = importlib.import_module("fla.ops.nsa")
+        calls["NSA"] = nsa(module, *tensors, chooses=True)
+        calls["NSA, selected"] = nsa(module, *tensors, chooses=False)
     for name, call in calls.items():
         try:
             rows.append({"by": name, **timed(call, tensors)})
@@ -134,7 +143,8 @@ def main() -> int:
         for row in found:
             rows.append({**case, **row})
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items() if k != "kernels_ms"})
-        result = {"environment": environment(arguments.commit), "pattern": PATTERN, "rows": rows}
+        versions = environment(arguments.commit) | versions_of_others()
+        result = {"environment": versions, "pattern": PATTERN, "rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         torch.cuda.empty_cache()
     return 0

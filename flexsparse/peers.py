@@ -111,7 +111,8 @@ def contenders(setting: Setting, groups: tuple[str, ...] = GROUPS) -> Iterator[C
     if "flex" in groups:
         yield Contender("FlexAttention", _flex_work(setting), lambda: _flex(setting), has_backward=trains)
     if "others" in groups:
-        yield Contender("fla NSA", "16 blocks of 64", lambda: _fla(setting))
+        yield Contender("fla NSA", "16 blocks of 64, which it chooses", lambda: _fla(setting, chooses=True))
+        yield Contender("fla NSA, selected", "16 blocks of 64, given", lambda: _fla(setting, chooses=False))
         yield Contender("adasplash", "causal entmax" if causal else "entmax", lambda: _adasplash(setting))
         yield Contender("flash-sparse-attn", "pruned causal" if causal else "pruned", lambda: _flash_sparse(setting))
         yield Contender("attn-gym", "its causal mask", lambda: _attn_gym(setting), has_backward=trains)
@@ -265,22 +266,32 @@ def versions_of_others() -> dict[str, str]:
     return found
 
 
-def _fla(setting: Setting) -> Callable[[], Tensor]:
-    """NSA's selected branch on fixed random blocks: 16 of 64 keys a query, its own block among them."""
-    module = _module("fla.ops.nsa", setting)
-    query, key, value = (x.transpose(1, 2) for x in setting.call.operands.values())
+def _fla(setting: Setting, *, chooses: bool) -> Callable[[], Tensor]:
+    return nsa(_module("fla.ops.nsa", setting), *setting.call.operands.values(), chooses=chooses)
+
+
+def nsa(module: Any, query: Tensor, key: Tensor, value: Tensor, *, chooses: bool) -> Callable[[], Tensor]:
+    """NSA by ``module``, fla.ops.nsa, with 16 blocks of 64 keys for each query, on operands [B, H, S, D].
+
+    ``chooses``: with its compressed branch, by which it finds the blocks; otherwise the selected branch alone, on
+    random blocks, the query's own among them. Its sliding window, flash-attn's, is left out. Raises CannotRun for a
+    number of query heads a KV head that it does not take.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     (batch, length, heads, _), kv_heads = query.shape, key.shape[2]
     group = heads // kv_heads
     if group < 16 or group & (group - 1):
         raise CannotRun(f"it wants 16, 32, ... query heads a KV head, not {group}")
-    own = (torch.arange(length, device=query.device) // 64).view(1, length, 1, 1).expand(batch, -1, kv_heads, 16)
-    drawn = (torch.rand(own.shape, device=query.device) * (own + 1)).long()
-    # The first is the query's own; blocks that are drawn twice only make the work smaller, as they do in NSA.
-    blocks = torch.cat((own[..., :1], drawn[..., 1:]), -1).sort(-1).values
     gate = torch.ones(batch, length, heads, device=query.device, dtype=query.dtype)
+    given: dict[str, Tensor] = {"g_cmp": gate}
+    if not chooses:
+        own = (torch.arange(length, device=query.device) // 64).view(1, length, 1, 1).expand(batch, -1, kv_heads, 16)
+        drawn = (torch.rand(own.shape, device=query.device) * (own + 1)).long()
+        # The first is the query's own; blocks that are drawn twice only make the work smaller, as they do in NSA.
+        given = {"block_indices": torch.cat((own[..., :1], drawn[..., 1:]), -1).sort(-1).values}
 
     def run() -> Tensor:
-        out = module.parallel_nsa(query, key, value, g_slc=gate, block_indices=blocks, block_counts=16, block_size=64)
+        out = module.parallel_nsa(query, key, value, g_slc=gate, block_counts=16, block_size=64, **given)
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
 

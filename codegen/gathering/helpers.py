@@ -11,6 +11,11 @@ KEY_BITS = tl.constexpr({KEY_BITS})
 KEY_MASK = tl.constexpr({(1 << KEY_BITS) - 1})
 # A row is measured against its highest score so far, or one that is less by no more than this; float32 has no slack.
 SLACK = tl.constexpr(5.0)
+# Where rows keep their level, sums between these; beyond them scores are too far from it.
+LEAST = tl.constexpr({2.0**-60})
+MOST = tl.constexpr({2.0**60})
+# Marks of chunks that are read together.
+MARKS = tl.constexpr(64)
 """
 HELPERS += '''
 
@@ -33,6 +38,25 @@ def operands(count):
 
 MULTIPLIES_32, OPERANDS_32 = tl.constexpr(multiplies(32)), tl.constexpr(operands(32))
 MULTIPLIES_64, OPERANDS_64 = tl.constexpr(multiplies(64)), tl.constexpr(operands(64))
+
+
+def hides(count):
+    """PTX that makes 0 of those of ``count`` numbers whose key is gone, unless all keys of a warp stay to the end."""
+    least = [f"${3 * count + i}" for i in range(count)]
+    lines = [".reg .pred goes;", f".reg .s32 least<{count}>;"]
+    while len(least) > 1:
+        half = [f"least{len(least) // 2 + i}" for i in range(len(least) // 2)]
+        lines += [f"min.s32 {x}, {a}, {b};" for x, a, b in zip(half, least[::2], least[1::2])]
+        least = half
+    lines += [f"setp.lt.s32 goes, {least[0]}, ${4 * count};", "vote.sync.any.pred goes, goes, 0xffffffff;"]
+    lines += ["@!goes bra.uni done;"]
+    for i in range(count):
+        lines += [f"setp.ge.s32 goes, ${2 * count + i}, ${3 * count + i};", f"selp.f32 ${i}, 0f00000000, ${i}, goes;"]
+    return "{ " + " ".join([*lines, "done:"]) + " }"
+
+
+HIDES = tl.constexpr(hides(16))
+SEEN_BY = tl.constexpr(",".join(["=f"] * 16 + [str(i) for i in range(16)] + ["r"] * 48))
 
 
 @triton.jit
@@ -94,17 +118,32 @@ def raised(top, highest, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, by, PACKED: tl.constexpr):
-    """x * by for factors that mostly are 1; PACKED numbers of a thread at a time are passed by where all are."""
-    if PACKED == 64:
-        x, by = tl.broadcast(x, by)
-        x = tl.inline_asm_elementwise(MULTIPLIES_64, OPERANDS_64, [x, by], dtype=tl.float32, is_pure=True, pack=64)
-    elif PACKED == 32:
+def scaled(x, by, THREADS: tl.constexpr):
+    """x * by for factors that mostly are 1: of so many THREADS, those of a warp pass it by where all are."""
+    each: tl.constexpr = x.shape[0] * x.shape[1] // THREADS if THREADS != 0 else 0
+    if each < 32:
+        x = x * by
+    elif each == 32:
         x, by = tl.broadcast(x, by)
         x = tl.inline_asm_elementwise(MULTIPLIES_32, OPERANDS_32, [x, by], dtype=tl.float32, is_pure=True, pack=32)
     else:
-        x = x * by
+        x, by = tl.broadcast(x, by)
+        x = tl.inline_asm_elementwise(MULTIPLIES_64, OPERANDS_64, [x, by], dtype=tl.float32, is_pure=True, pack=64)
     return x
+
+
+@triton.jit
+def staying(p, q, gone, end, THREADS: tl.constexpr):
+    """p where q < gone, 0 elsewhere. All q are before ``end``; most keys go no sooner, which a warp finds out first."""
+    each: tl.constexpr = p.shape[0] * p.shape[1] // THREADS if THREADS != 0 else 0
+    if each < 16:
+        p = tl.where(q < gone, p, 0.0)
+    else:
+        p, q = tl.broadcast(p, q)
+        p, gone = tl.broadcast(p, gone)
+        end = tl.full(p.shape, end, tl.int32)
+        p = tl.inline_asm_elementwise(HIDES, SEEN_BY, [p, q, gone, end], dtype=tl.float32, is_pure=True, pack=16)
+    return p
 
 
 @triton.jit

@@ -56,8 +56,15 @@ def _slots_loop(n: str, body: Lines, scored: bool) -> Lines:
         "    kv = column[None, :]",
         "    gone = (start + (holder >> KEY_BITS))[None, :]",
         "    seen = q < gone",
-        *(f"    {line}" for line in body),
+        *(f"    {line}" for line in _while_they_stay(body)),
     ]
+
+
+def _while_they_stay(body: Lines) -> Lines:
+    """Where nothing but ``seen`` hides a key in a slot, few tiles have one that is hidden."""
+    shown = "tl.where(visible, p, 0.0)"
+    asked = "staying(p, q, gone, start + BLOCK_M, THREADS)"
+    return [line.replace(shown, asked) for line in body] if "visible = seen" in body else body
 
 
 def _fresh_loop(n: str, body: Lines, scored: bool) -> Lines:
@@ -93,11 +100,22 @@ def _joined_loop(body: Lines) -> Lines:
     ]
 
 
+# Between the loops that raise levels and those over tiles that may leave them.
+_HOLDS = (
+    "if HELD:",
+    "    # From here on rows keep their level; those that saw no key near are measured against 0.",
+    '    top = tl.where(top == float("-inf"), 0.0, top)',
+    "    level = top",
+)
+
+
 def row_loops(blocks: Mapping[tuple[str, str], Lines], way: str, gated: Mapping[int, Sequence[int]]) -> Lines:
+    """The loops of one chunk of queries over all its keys; in the forward pass those over partly near tiles first."""
+    parts = {name: body for (of, name), body in blocks.items() if of == way}
     lines: Lines = []
-    for (of, name), body in blocks.items():
-        if of != way:
-            continue
+    if way == "forward":
+        lines += [*(_near_loop("near", parts.pop("near")) if "near" in parts else ()), *_HOLDS]
+    for name, body in parts.items():
         kind, _, number = name.partition(" ")
         if kind == "selected":
             scored = int(number) in gated[int(number)]

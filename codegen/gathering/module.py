@@ -30,15 +30,18 @@ delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1) - tl.load(p_d_lse +
 delta = tl.where(share == 0.0, 0.0, delta)
 """
 
-_ROWS = (
-    """
-# A tile of the block mask is cut into whole parts.
-tl.static_assert(BLOCK_M % BLOCK_N == 0)
+_PLACE = """
 # The longest rows come first, so that a GPU is busy to the end.
 chunk = n_chunks - 1 - tl.program_id(0)
 # Heads times their strides can pass 32 bits.
 h = tl.program_id(1).to(tl.int64)
 b = tl.program_id(2).to(tl.int64)
+"""
+
+_ROWS = (
+    """
+# A tile of the block mask is cut into whole parts.
+tl.static_assert(BLOCK_M % BLOCK_N == 0)
 kv_head = h // group
 start = chunk * BLOCK_M
 """
@@ -104,6 +107,13 @@ def module_text(
         f"least_{n} = tl.where(tau_{n} == tau_{n}, least_{n}, 1.0)\n"
         for n in shifted
     )
+    attended = ["chunk", "h", "b", *operands, *lists, "p_out", "p_lse", "p_level", "p_share", "p_again"]
+    attends = [*constants, "THREADS"]
+
+    def attend_chunk(held: str) -> str:
+        listed = textwrap.fill(", ".join([*attended, *attends, held]), 106, initial_indent="    ")
+        return f"attend_chunk(\n{listed.replace(chr(10), chr(10) + '    ')},\n)\n"
+
     forward = (
         _ROWS
         + by_row
@@ -113,6 +123,10 @@ def module_text(
         + "\n".join(row_loops(blocks, "forward", gated))
         + """
 total = tl.sum(total, 1)
+if HELD:
+    # What overflowed, or all but vanished, wants levels that are raised.
+    fits = (total > LEAST) & (total < MOST)
+    tl.store(p_again + (b * heads + h) * n_chunks + chunk, 1 - tl.min(fits.to(tl.int32), 0))
 # NaN is not nothing, and must come out.
 some = total != 0.0
 out = tl.where(some[:, None], out / tl.where(some, total, 1.0)[:, None], 0.0)
@@ -124,8 +138,22 @@ put_rows(p_out + (b * heads + h) * length * VALUE_DIM, row, VALUE_DIM, value_fea
 tl.store(p_lse + at, lse, mask=m_row)
 """
     )
+    again = f"""
+# Marks are by row, head and chunk; each program has every so many of them.
+for begin in range(0, marks, tl.num_programs(0) * MARKS):
+    place = begin + tl.program_id(0) + tl.arange(0, MARKS) * tl.num_programs(0)
+    marked = tl.load(p_again + place, mask=place < marks, other=0)
+    if tl.max(marked, 0) != 0:
+        for i in range(MARKS):
+            at = begin + tl.program_id(0) + i * tl.num_programs(0)
+            if tl.sum(tl.where(place == at, marked, 0), 0) != 0:
+                chunk = at % n_chunks
+                h = (at // n_chunks % heads).to(tl.int64)
+                b = (at // n_chunks // heads).to(tl.int64)
+{textwrap.indent(attend_chunk("False"), " " * 16)}"""
     query = (
-        _ROWS
+        _PLACE
+        + _ROWS
         + "\n".join(record_loads(shifted, "BLOCK_M", "[:, None]"))
         + """
 d_out = rows_of(p_d_out + b * stride_ob + h * stride_oh, row, stride_os, value_feature, VALUE_DIM, BLOCK_V, WIDE)
@@ -187,11 +215,25 @@ tl.store(p_rows + at_field, record, mask=m_row[:, None])
             of=["VALUE_DIM", "BLOCK_V", "ROWS", "WIDE"],
         ),
         kernel(
-            "forward",
-            "Output and lse of one chunk of queries.",
-            [*operands, *lists, "p_out", "p_lse", "p_level", "p_share"],
+            "attend_chunk",
+            "Output and lse of one chunk of queries; HELD as near keys leave their levels, and marked if that fails.",
+            attended,
             forward,
-            ["PACKED"],
+            ["THREADS", "HELD"],
+        ),
+        kernel(
+            "forward",
+            "Output and lse of every chunk of queries.",
+            attended[3:],
+            _PLACE + attend_chunk("HELD"),
+            ["THREADS", "HELD"],
+        ),
+        kernel(
+            "forward_again",
+            "Output and lse once more of the chunks that are marked.",
+            [*attended[3:], "marks"],
+            again,
+            ["THREADS"],
         ),
         kernel(
             "query_gradient",

@@ -85,6 +85,11 @@ class Printer:
             lines.append(f"score = score + tl.log({self.text.emit(part.gate_logit)})")
         return lines
 
+    def is_scaled(self, part: Part) -> bool:
+        """Whether ``score`` grows with ``raw`` in proportion."""
+        part = part.forward()
+        return part.score == Symbol("score") and part.gate_logit == ONE
+
     def _shaped(self, node: Node) -> str:
         text = self.text.emit(node)
         return text if mentions(node, "score") else f"0.0 * raw + ({text})"

@@ -104,25 +104,39 @@ def _weights(printer: Printer, part: Part, kind: str, axis: str) -> Lines:
 
 
 def attend(printer: Printer, part: Part, kind: str) -> Lines:
-    """One tile of keys joins the softmax of the rows; wants ``column``, ``kv``, and ``seen`` of all but full tiles."""
-    gate, sure = printer.value_gate(part), printer.sure(part)
-    product = f"p * ({gate})"
+    """One tile of keys joins the softmax of the rows; wants ``column``, ``kv``, and ``seen`` of all but full tiles.
+
+    Where kernels hold the levels, only near tiles raise them: others measure against what near keys left.
+    """
+    gate, sure, hides = printer.value_gate(part), printer.sure(part), _hides(printer, part, kind)
+    product, scale = f"p * ({gate})", "scale" if sure is None else f"scale_{sure}"
+    power = held_power = "exp_above(score, level[:, None], PRECISION)"
+    if kind != "near" and printer.is_scaled(part):
+        # One multiplication less: scores come in units of the exponential.
+        scale = f"({scale} * LOG2E if HELD else {scale})"
+        held_power = "tl.exp2(score - (level * LOG2E)[:, None])"
+    raised = [
+        *(['score = tl.where(visible, score, float("-inf"))'] if hides else []),
+        "higher = raised(top, tl.max(score, 1), PRECISION)",
+        "# Rows that have seen no key yet stay at -inf.",
+        'level = tl.where(higher == float("-inf"), 0.0, higher)',
+        f"p = {power}",
+        "shrink = tl.where(higher == top, 1.0, tl.exp2((top - level) * LOG2E))",
+        "total = total * for_parts(shrink, p) + part_sums(p)",
+        "out = scaled(out, shrink[:, None], THREADS)",
+        "top = higher",
+    ]
+    # Behind the exponential a multiplication and an addition stay one operation, which hidden scores would part.
+    held = [f"p = {held_power}", *(["p = tl.where(visible, p, 0.0)"] if hides else []), "total += part_sums(p)"]
+    either = ["if HELD:", *(f"    {line}" for line in held), "else:", *(f"    {line}" for line in raised)]
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D, WIDE)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V, WIDE)",
         *key_loads(_gated(part.forward(), kind), "[None, :]"),
-        *_scores(printer, part, kind, "query, tl.trans(key)", False, "scale" if sure is None else f"scale_{sure}"),
-        *(['score = tl.where(visible, score, float("-inf"))'] if _hides(printer, part, kind) else []),
-        "higher = raised(top, tl.max(score, 1), PRECISION)",
-        "# Rows that have seen no key yet stay at -inf.",
-        'level = tl.where(higher == float("-inf"), 0.0, higher)',
-        "p = exp_above(score, level[:, None], PRECISION)",
-        "shrink = tl.where(higher == top, 1.0, tl.exp2((top - level) * LOG2E))",
-        "total = total * for_parts(shrink, p) + part_sums(p)",
+        *_scores(printer, part, kind, "query, tl.trans(key)", False, scale),
+        *(raised if kind == "near" else either),
         *([f"p = {product if sure is not None else _shown(printer, part, kind, product)}"] if gate else []),
-        "out = scaled(out, shrink[:, None], PACKED)",
         "out = tl.dot(p.to(value.dtype), value, out, input_precision=PRECISION)",
-        "top = higher",
     ]
 
 

@@ -102,7 +102,7 @@ class _Recorder:
         if not self.target.is_nvidia:
             # What NVIDIA's backend alone knows.
             options.pop("maxnreg", None)
-            arguments |= {"PACKED": 0} if "PACKED" in arguments else {}
+            arguments |= {"THREADS": 0} if "THREADS" in arguments else {}
         signature, constants, aligned = described(arguments, _constexprs(self.text)[name], _any_number(self.text))
         self.kernels.setdefault(name, Kernel(name, self.text, signature, constants, aligned, options, self.backward))
 

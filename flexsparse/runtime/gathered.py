@@ -23,13 +23,16 @@ from flexsparse.runtime.gathered_arguments import (
     arguments_of,
     constants_of,
     lists_of,
-    numbers_together,
     tensors_read,
+    threads_assembled,
 )
 from flexsparse.runtime.gathered_gradients import gradients
-from flexsparse.runtime.gathered_sizes import KERNELS, sizes_of
+from flexsparse.runtime.gathered_sizes import KERNELS, programs_at_once, sizes_of
 from flexsparse.runtime.inputs import Shapes
 from flexsparse.settings import CHUNK
+
+# Rows of these keep the level that near keys give them. Those of float32 raise it to be exact; float16 ends too soon.
+HELD = (torch.bfloat16,)
 
 
 def attend_gathered(
@@ -132,14 +135,18 @@ def _forward(
     read, lists = tensors_read(call, operands, gates), call.lists[:4]
     out, lse = into or rooms_for(query, shapes)
     results = {"p_out": out, "p_lse": lse, "p_level": torch.empty_like(lse), "p_share": torch.empty_like(lse)}
-
-    sizes = call.sizes["forward"]
+    sizes, marks = call.sizes["forward"], call.chunks * shapes.heads * shapes.batch
 
     def run() -> None:
-        launch(
-            call.module.forward, (call.chunks, shapes.heads, shapes.batch), **arguments_of(call, read),
-            **lists_of(lists), **results, **constants_of(sizes, shapes), PACKED=numbers_together(sizes, shapes),
-        )  # fmt: skip
+        held = shapes.dtype in HELD
+        given = {
+            **arguments_of(call, read), **lists_of(lists), **results, **constants_of(sizes, shapes),
+            "p_again": torch.empty(marks, dtype=torch.int32, device=query.device),
+            "THREADS": threads_assembled(sizes, shapes),
+        }  # fmt: skip
+        launch(call.module.forward, (call.chunks, shapes.heads, shapes.batch), **given, HELD=held)
+        if held:
+            launch(call.module.forward_again, (min(marks, programs_at_once(query.device)),), **given, marks=marks)
 
     repeated(("forward", call.key), [*read.values(), *lists], list(results.values()), run)
     return list(results.values())

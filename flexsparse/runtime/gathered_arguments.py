@@ -121,12 +121,11 @@ def lists_of(lists: Sequence[Tensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def numbers_together(sizes: Sizes, shapes: Shapes) -> int:
-    """How many numbers of its rows of output a thread rescales at a time, in NVIDIA's assembly; 0 without it."""
-    held = CHUNK * padded(shapes.value_dim) // (32 * sizes.warps)
+def threads_assembled(sizes: Sizes, shapes: Shapes) -> int:
+    """The threads of a block where parts of a kernel are in NVIDIA's assembly; 0 elsewhere."""
     # The interpreter knows no assembly.
     assembled = shapes.device.type != "cpu" and torch.version.hip is None
-    return min(held, 64) if assembled and held >= 32 else 0
+    return 32 * sizes.warps if assembled else 0
 
 
 def constants_of(sizes: Sizes, shapes: Shapes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "Sizes",
     "fitting",
     "padded",
+    "programs_at_once",
     "shared_bytes",
     "sizes_of",
 ]
@@ -111,6 +112,14 @@ def shared_bytes(kernel: str, sizes: Sizes, shapes: Shapes) -> int:
     else:
         stays, comes, turned = sizes.keys * features, sizes.queries * features, sizes.keys * max(widest, sizes.queries)
     return (stays + sizes.stages * comes + turned) * shapes.dtype.itemsize + _SLACK
+
+
+@functools.lru_cache
+def programs_at_once(device: torch.device) -> int:
+    """About as many programs as ``device`` runs beside each other."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 4
+    return 3 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache

@@ -123,7 +123,7 @@ def test_scores_that_fill_the_memory_are_not_made(monkeypatch: pytest.MonkeyPatc
         _out(_setting("sparsek(4)"), "SDPA, mask given")
 
 
-@pytest.mark.parametrize("name", ["fla NSA", "adasplash", "flash-sparse-attn", "attn-gym"])
+@pytest.mark.parametrize("name", ["fla NSA", "fla NSA, selected", "adasplash", "flash-sparse-attn", "attn-gym"])
 def test_what_is_not_installed_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda found: None)
     with pytest.raises(CannotRun, match=r"not installed \(pip install [a-z_-]+\)"):
@@ -174,9 +174,14 @@ def test_versions_of_other_libraries_are_those_that_are_installed(monkeypatch: p
 def test_other_libraries_are_given_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     given = _stand_ins(monkeypatch)
     setting = _setting("causal()", heads=32, kv_heads=2, length=200)
-    for name in ("fla NSA", "adasplash", "flash-sparse-attn"):
+    _out(setting, "fla NSA")
+    choosing = given["fla"]
+    assert choosing["g_cmp"].shape == (2, 200, 32)
+    assert "block_indices" not in choosing
+    for name in ("fla NSA, selected", "adasplash", "flash-sparse-attn"):
         _out(setting, name)
     nsa = given["fla"]
+    assert "g_cmp" not in nsa
     assert nsa["q"].shape == (2, 200, 32, 16)
     assert nsa["k"].shape == (2, 200, 2, 16)
     assert nsa["g_slc"].shape == (2, 200, 32)
