@@ -20,7 +20,7 @@ from flexsparse.settings import Settings
 
 _DEVICE = "cuda"
 # Queries of all heads up to which a call is short: all that its steps need in between is there at once.
-_SHORT = 1 << 17
+_SHORT = 1 << 18
 # Kinds of calls that an attention knows; lengths come and go.
 _KEPT = 256
 

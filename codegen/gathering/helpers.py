@@ -40,23 +40,28 @@ MULTIPLIES_32, OPERANDS_32 = tl.constexpr(multiplies(32)), tl.constexpr(operands
 MULTIPLIES_64, OPERANDS_64 = tl.constexpr(multiplies(64)), tl.constexpr(operands(64))
 
 
-def hides(count):
-    """PTX that makes 0 of those of ``count`` numbers whose key is gone, unless all keys of a warp stay to the end."""
-    least = [f"${3 * count + i}" for i in range(count)]
+def hides(count, of):
+    """PTX for ``of`` times ``count`` numbers: 0 where their key is gone, unless all keys of a warp stay to the end."""
+    least = [f"${(2 * of + 1) * count + i}" for i in range(count)]
     lines = [".reg .pred goes;", f".reg .s32 least<{count}>;"]
     while len(least) > 1:
         half = [f"least{len(least) // 2 + i}" for i in range(len(least) // 2)]
         lines += [f"min.s32 {x}, {a}, {b};" for x, a, b in zip(half, least[::2], least[1::2])]
         least = half
-    lines += [f"setp.lt.s32 goes, {least[0]}, ${4 * count};", "vote.sync.any.pred goes, goes, 0xffffffff;"]
-    lines += ["@!goes bra.uni done;"]
+    lines += [f"setp.lt.s32 goes, {least[0]}, ${(2 * of + 2) * count};"]
+    lines += ["vote.sync.any.pred goes, goes, 0xffffffff;", "@!goes bra.uni done;"]
     for i in range(count):
-        lines += [f"setp.ge.s32 goes, ${2 * count + i}, ${3 * count + i};", f"selp.f32 ${i}, 0f00000000, ${i}, goes;"]
+        lines.append(f"setp.ge.s32 goes, ${2 * of * count + i}, ${(2 * of + 1) * count + i};")
+        lines += [f"selp.f32 ${i + n * count}, 0f00000000, ${i + n * count}, goes;" for n in range(of)]
     return "{ " + " ".join([*lines, "done:"]) + " }"
 
 
-HIDES = tl.constexpr(hides(16))
-SEEN_BY = tl.constexpr(",".join(["=f"] * 16 + [str(i) for i in range(16)] + ["r"] * 48))
+def seen_by(count, of):
+    return ",".join(["=f"] * of * count + [str(i) for i in range(of * count)] + ["r"] * 3 * count)
+
+
+HIDES, SEEN_BY = tl.constexpr(hides(16, 1)), tl.constexpr(seen_by(16, 1))
+HIDES_3, SEEN_BY_3 = tl.constexpr(hides(16, 3)), tl.constexpr(seen_by(16, 3))
 
 
 @triton.jit
@@ -144,6 +149,23 @@ def staying(p, q, gone, end, THREADS: tl.constexpr):
         end = tl.full(p.shape, end, tl.int32)
         p = tl.inline_asm_elementwise(HIDES, SEEN_BY, [p, q, gone, end], dtype=tl.float32, is_pure=True, pack=16)
     return p
+
+
+@triton.jit
+def staying_3(x, y, z, q, gone, end, THREADS: tl.constexpr):
+    """As ``staying``, of three at once."""
+    each: tl.constexpr = x.shape[0] * x.shape[1] // THREADS if THREADS != 0 else 0
+    if each < 16:
+        visible = q < gone
+        x, y, z = tl.where(visible, x, 0.0), tl.where(visible, y, 0.0), tl.where(visible, z, 0.0)
+    else:
+        x, q = tl.broadcast(x, q)
+        x, gone = tl.broadcast(x, gone)
+        end = tl.full(x.shape, end, tl.int32)
+        x, y, z = tl.inline_asm_elementwise(
+            HIDES_3, SEEN_BY_3, [x, y, z, q, gone, end], (tl.float32, tl.float32, tl.float32), is_pure=True, pack=16
+        )
+    return x, y, z
 
 
 @triton.jit

@@ -256,7 +256,7 @@ tl.store(p_rows + at_field, record, mask=m_row[:, None])
                 "Gradients of the keys in a block of slots, along a span of chunks; a key's are written as it leaves.",
                 [*operands, *gradients, "kv_heads", "span", f"p_part_key_{n}", f"p_part_value_{n}", "p_ends", *own],
                 slot_gradient(n, blocks["slots", f"selected {n}"], gated[n]),
-                ["SPANS"],
+                ["SPANS", "THREADS"],
             )
         )
         kernels.append(

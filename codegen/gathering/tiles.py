@@ -92,15 +92,14 @@ def _hides(printer: Printer, part: Part, kind: str) -> bool:
     return kind != "full" or bool(printer.seen(part))
 
 
-def _shown(printer: Printer, part: Part, kind: str, text: str) -> str:
-    """A product that is 0 where a key is hidden, even if a factor is not a number there."""
-    return f"tl.where(visible, {text}, 0.0)" if _hides(printer, part, kind) else text
+def _shown(hides: bool, text: str) -> str:
+    """A product that is 0 where a key is hidden, if some are, even if a factor is not a number there."""
+    return f"tl.where(visible, {text}, 0.0)" if hides else text
 
 
-def _weights(printer: Printer, part: Part, kind: str, axis: str) -> Lines:
+def _weights(hides: bool, axis: str) -> Lines:
     """``p``, 0 where a key is hidden. Behind the exponential a multiplication and an addition stay one operation."""
-    p = _shown(printer, part, kind, f"p * share{axis}")
-    return [f"p = exp_above(score, level{axis}, PRECISION)", f"p = {p}"]
+    return [f"p = exp_above(score, level{axis}, PRECISION)", f"p = {_shown(hides, f'p * share{axis}')}"]
 
 
 def attend(printer: Printer, part: Part, kind: str) -> Lines:
@@ -135,32 +134,31 @@ def attend(printer: Printer, part: Part, kind: str) -> Lines:
         *key_loads(_gated(part.forward(), kind), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", False, scale),
         *(raised if kind == "near" else either),
-        *([f"p = {product if sure is not None else _shown(printer, part, kind, product)}"] if gate else []),
+        *([f"p = {product if sure is not None else _shown(hides, product)}"] if gate else []),
         "out = tl.dot(p.to(value.dtype), value, out, input_precision=PRECISION)",
     ]
 
 
-def _flows(printer: Printer, part: Part, kind: str, gate: str, delta: str) -> Lines:
+def _flows(printer: Printer, part: Part, hides: bool, gate: str, delta: str) -> Lines:
     """From ``p`` and ``d_p`` to ``d_raw``, and to ``d_x_n`` of every gate."""
-    hidden = _hides(printer, part, kind)
     lines = [f"d_score = p * (d_p * ({gate}) - {delta})" if gate else f"d_score = p * (d_p - {delta})"]
-    lines += ["d_score = tl.where(visible, d_score, 0.0)"] * hidden
-    lines += printer.slopes(part, "visible" if hidden else "")
+    lines += ["d_score = tl.where(visible, d_score, 0.0)"] * hides
+    lines += printer.slopes(part, "visible" if hides else "")
     return lines
 
 
 def gradient_of_query(printer: Printer, part: Part, kind: str) -> Lines:
     """What one tile of keys adds to the gradients of the rows' query and thresholds."""
-    gate = printer.value_gate(part)
+    gate, hides = printer.value_gate(part), _hides(printer, part, kind)
     return [
         "key = rows_of(p_key + key_at, column, stride_ks, feature, HEAD_DIM, BLOCK_D, WIDE)",
         "value = rows_of(p_value + value_at, column, stride_vs, value_feature, VALUE_DIM, BLOCK_V, WIDE)",
         *key_loads(_gated(part, kind), "[None, :]"),
         *_scores(printer, part, kind, "query, tl.trans(key)", True),
-        *_weights(printer, part, kind, "[:, None]"),
+        *_weights(hides, "[:, None]"),
         "d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)",
         "d_gate_v = p * d_p",
-        *_flows(printer, part, kind, gate, "delta[:, None]"),
+        *_flows(printer, part, hides, gate, "delta[:, None]"),
         *(f"d_tau_{g.number} -= tl.sum(d_x_{g.number}, 1)" for g in part.gates if g.through != "ste_identity"),
         "d_query = tl.dot(d_raw.to(key.dtype), key, d_query, input_precision=PRECISION)",
     ]
@@ -177,7 +175,12 @@ def gradient_of_slots(printer: Printer, part: Part, kind: str) -> Lines:
 
 
 def _of_keys(printer: Printer, part: Part, kind: str, turned: bool) -> Lines:
-    gate = printer.value_gate(part)
+    gate, sure, hides = printer.value_gate(part), printer.sure(part), _hides(printer, part, kind)
+    asked: Lines = []
+    if turned and hides and not printer.seen(part) and [g.number for g in part.gates] == [sure]:
+        # Keys in slots seldom leave; where nothing else hides them, all that comes of a tile is asked for at once.
+        made, hides = f"p, d_raw, d_x_{sure}", False
+        asked = [f"{made} = staying_3({made}, q, gone, first_row + BLOCK_Q, THREADS)"]
     if turned:
         by_row, (first, second) = "[:, None]", ("query, tl.trans(key)", "d_out, tl.trans(value)")
         to_key, to_value = "tl.trans(query), d_raw.to(query.dtype)", "tl.trans(d_out), p.to(d_out.dtype)"
@@ -197,12 +200,13 @@ def _of_keys(printer: Printer, part: Part, kind: str, turned: bool) -> Lines:
         "share = tl.where(m_row, share, 0.0)",
         *_SEEN_BY_KEYS[kind.split()[0]],
         *_scores(printer, part, kind, first, True),
-        *_weights(printer, part, kind, by_row),
+        *_weights(hides, by_row),
         f"d_p = tl.dot({second}, input_precision=PRECISION)",
         "d_gate_v = p * d_p",
-        *_flows(printer, part, kind, gate, f"delta{by_row}"),
+        *_flows(printer, part, hides, gate, f"delta{by_row}"),
+        *([f"p = {_shown(hides, f'p * ({gate})')}"] if gate else []),
+        *asked,
         *(f"d_u_{g.number} += " + (f"d_x_{g.number}" if turned else f"tl.sum(d_x_{g.number}, 1)") for g in part.gates),
-        *([f"p = {_shown(printer, part, kind, f'p * ({gate})')}"] if gate else []),
         f"d_value = tl.dot({to_value}, d_value, input_precision=PRECISION)",
         f"d_key = tl.dot({to_key}, d_key, input_precision=PRECISION)",
     ]

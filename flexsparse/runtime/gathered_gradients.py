@@ -19,6 +19,7 @@ from flexsparse.runtime.gathered_arguments import (
     is_wide,
     lists_of,
     tensors_read,
+    threads_assembled,
 )
 from flexsparse.runtime.gathered_sizes import padded
 from flexsparse.runtime.next_changes import next_changes
@@ -132,7 +133,7 @@ def _gather_slots(
     changes = {f"p_next_{n}": next_changes(call.tables[n], sizes.keys)}
     launch(
         getattr(call.module, f"slot_gradient_{n}"), (blocks, spans, pairs), **{**arguments, **changes}, **flow, **own,
-        **constants_of(sizes, shapes),
+        **constants_of(sizes, shapes), THREADS=threads_assembled(sizes, shapes),
     )  # fmt: skip
     if spans > 1:
         constants = constants_of(replace(sizes, keys=_JOINED, registers=0), shapes)

@@ -35,8 +35,9 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, text: str, dty
     bound = fs.compile(text).bind(q_len=512, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype, needs_grad=True)
     shapes = replace(bound.plan.shapes, device=torch.device("cuda"))
     kernels = kernels_of(compile_pattern(fs.parse(text).node), Settings(backend="gather"), shapes, target)
-    assert {kernel.name for kernel in kernels} == KERNELS
-    assert {kernel.name for kernel in kernels if not kernel.backward} == {"forward"}
+    again = {"forward_again"} if dtype is torch.bfloat16 else set()
+    assert {kernel.name for kernel in kernels} == KERNELS | again
+    assert {kernel.name for kernel in kernels if not kernel.backward} == {"forward"} | again
     for made in compile_kernels(kernels, target):
         assert not ATOMIC.search(made.texts["ptx"]), made.kernel.name
         kind = made.kernel.name.split("_")[0]
@@ -46,5 +47,5 @@ def test_every_kernel_compiles_fits_and_has_no_atomics(name: str, text: str, dty
         if name == "sm_90" and dtype is torch.bfloat16 and kind == "forward":
             assert "wgmma.mma_async" in made.texts["ptx"]
         if dtype is not torch.float32 and kind == "forward":
-            # Rows whose level stays are not rescaled.
-            assert made.texts["ptx"].count("vote.sync.any") >= 3
+            # Rows whose level stays are not rescaled, and where levels are held, only near tiles raise them.
+            assert made.texts["ptx"].count("vote.sync.any") >= (1 if dtype is torch.bfloat16 else 3)
