@@ -41,6 +41,11 @@ PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLA
 HEAD_DIM = 128
 
 
+def case(text: str) -> tuple[int, int, int]:
+    heads, kv_heads, length = (int(n) for n in text.split("/"))
+    return heads, kv_heads, length
+
+
 def operands(heads: int, kv_heads: int, length: int) -> list[torch.Tensor]:
     shapes = [(1, h, length, HEAD_DIM) for h in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
@@ -129,21 +134,27 @@ def main() -> int:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--backend", default="auto", help="ours: auto, gather, gather_flex or flex")
     parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument(
+        "--cases", nargs="*", type=case, default=CASES, metavar="16/16/4096",
+        help="heads, KV heads and length of what is measured; rows that --out has of others stay",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("hybrid: no CUDA device here.")
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    rows = [row for row in rows if (row["heads"], row["kv_heads"], row["length"]) not in arguments.cases]
     # Kept after every case: a run that is cut short has what it measured.
-    for heads, kv_heads, length in CASES:
-        case = {"heads": heads, "kv_heads": kv_heads, "length": length}
+    for heads, kv_heads, length in arguments.cases:
+        of = {"heads": heads, "kv_heads": kv_heads, "length": length, "commit": arguments.commit}
         found = [ours(heads, kv_heads, length, arguments.backend)]
         if length <= DENSE_UP_TO and not arguments.alone:
             found += peers(heads, kv_heads, length)
         for row in found:
-            rows.append({**case, **row})
+            rows.append({**of, **row})
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items() if k != "kernels_ms"})
         versions = environment(arguments.commit) | versions_of_others()
+        rows.sort(key=lambda row: (row["heads"], row["length"]))
         result = {"environment": versions, "pattern": PATTERN, "rows": rows}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         torch.cuda.empty_cache()
