@@ -25,7 +25,7 @@ from flexsparse.runtime.inputs import Shapes, class_shapes
 from flexsparse.settings import CHUNK
 
 # Milliseconds of the host: for a forward pass, and for one with its backward pass.
-_HOST = {"gather": (0.7, 1.5), "gather_flex": (3.2, 5.0), "residue_flex": (0.55, 1.55), "flex": (0.4, 1.15)}
+_HOST = {"gather": (0.3, 1.2), "gather_flex": (3.2, 5.0), "residue_flex": (0.55, 1.55), "flex": (0.4, 1.15)}
 # What tiles that depend on scores or on query and key add, as they are classified at each call.
 _CLASSIFIED = (9.0, 11.0)
 # What an untraced function adds where tiles of keys are classified apart from those of copies, element by element, in
@@ -33,11 +33,11 @@ _CLASSIFIED = (9.0, 11.0)
 _UNTRACED = 47.0
 # A backward pass in forward passes: of FlexAttention's kernels, of those that add gradients of scores with atomics, of
 # those over copies, and of the kernels that gather.
-_BACKWARD, _BACKWARD_OF_SCORES, _BACKWARD_OF_COPIES, _BACKWARD_OF_GATHERS = 2.7, 11.0, 4.0, 3.4
+_BACKWARD, _BACKWARD_OF_SCORES, _BACKWARD_OF_COPIES, _BACKWARD_OF_GATHERS = 2.7, 11.0, 4.0, 3.7
 # Tables that are looked up at every pair of a copy cost as much again as its tiles.
 _LOOKED_UP = 2.0
 # The share of the matrix rate that the kernels that gather reach at head_dim 128.
-_GATHER_SHARE = 0.29
+_GATHER_SHARE = 0.36
 # Thresholds, lifetimes and slots: seconds a score.
 _SELECTION = 0.2e-9
 # Longer masks are counted at this length, a half and a quarter of it, and their growth goes on.
