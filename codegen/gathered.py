@@ -42,7 +42,8 @@ class GatheredSource:
     """The module's text and what its kernels read, in order.
 
     ``captured``: tensors by name, with their dimensions; ``numbers``: functions of sizes by name, as Python text.
-    ``joined``: fresh keys come with the near pairs of their tiles, which the lists of near tiles must not have.
+    ``near``: there are pairs that the pattern allows whatever is selected. ``joined``: fresh keys come with the near
+    pairs of their tiles, which the lists of near tiles must not have.
     ``gated``: the selections whose gates are computed; ``slot_gates``: for each selection, those among them that its
     gathered keys have; ``shifted``: those with a gradient for tau.
     """
@@ -50,6 +51,7 @@ class GatheredSource:
     text: str
     captured: tuple[tuple[str, int], ...]
     numbers: Mapping[str, str]
+    near: bool
     joined: bool
     gated: tuple[int, ...]
     slot_gates: Mapping[int, tuple[int, ...]]
@@ -109,8 +111,8 @@ def _source(program: Program) -> GatheredSource:
         shifted,
         sorted(given),
     )
-    numbers = dict(printer.text.numbers)
-    return GatheredSource(text, captured, numbers, "joined" in parts, tuple(gated), slot_gates, tuple(shifted))
+    numbers, near, joined = dict(printer.text.numbers), "near" in parts, "joined" in parts
+    return GatheredSource(text, captured, numbers, near, joined, tuple(gated), slot_gates, tuple(shifted))
 
 
 @functools.lru_cache(maxsize=256)

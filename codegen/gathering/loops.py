@@ -113,8 +113,8 @@ def row_loops(blocks: Mapping[tuple[str, str], Lines], way: str, gated: Mapping[
     """The loops of one chunk of queries over all its keys; in the forward pass those over partly near tiles first."""
     parts = {name: body for (of, name), body in blocks.items() if of == way}
     lines: Lines = []
-    if way == "forward":
-        lines += [*(_near_loop("near", parts.pop("near")) if "near" in parts else ()), *_HOLDS]
+    if way == "forward" and "near" in parts:
+        lines += [*_near_loop("near", parts.pop("near")), *_HOLDS]
     for name, body in parts.items():
         kind, _, number = name.partition(" ")
         if kind == "selected":

@@ -138,7 +138,7 @@ def _forward(
     sizes, marks = call.sizes["forward"], call.chunks * shapes.heads * shapes.batch
 
     def run() -> None:
-        held = shapes.dtype in HELD
+        held = shapes.dtype in HELD and call.source.near
         given = {
             **arguments_of(call, read), **lists_of(lists), **results, **constants_of(sizes, shapes),
             "p_again": torch.empty(marks, dtype=torch.int32, device=query.device),

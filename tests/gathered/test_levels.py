@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flexsparse as fs
+from flexsparse.language import kv, q
 from flexsparse.runtime import gathered
 from flexsparse.tolerance import Call, evaluate
 from tests.gathered.calls import COMPOSITIONS, call_of, failures
@@ -88,9 +89,13 @@ def test_far_keys_near_the_bounds(far: float) -> None:
     assert not failures(HYBRID, with_outlier(far))
 
 
+# Near keys for the first queries alone.
+EARLY: Any = (kv < 1) & (q < 32)
+
+
 def test_scores_that_are_far_below_what_no_near_key_sets(marks: list[torch.Tensor]) -> None:
-    """Without near keys rows are measured against 0, from which all of these are too far."""
-    pattern: Any = P["sparsek"](24)
+    """Where they see no near key rows are measured against 0, from which all of these are too far."""
+    pattern: Any = EARLY | P["sparsek"](24)
     call = call_of(pattern, SIZE, DTYPE, **SHAPE)
     call.query[..., 0] = 20.0
     call.key[..., 0] = -20.0
@@ -100,12 +105,18 @@ def test_scores_that_are_far_below_what_no_near_key_sets(marks: list[torch.Tenso
 
 
 def test_rows_that_see_nothing_give_nothing() -> None:
-    pattern: Any = P["sparsek"](24, after=70)
+    pattern: Any = EARLY | P["sparsek"](24, after=70)
     call = call_of(pattern, SIZE, DTYPE, **SHAPE)
     assert not failures(pattern, call)
     got = evaluate(fs.compile(pattern, backend="gather"), call)
-    assert (got["out"][:, :, :70] == 0).all()
-    assert (got["lse"][:, :, :70] == -torch.inf).all()
+    assert (got["out"][:, :, 32:70] == 0).all()
+    assert (got["lse"][:, :, 32:70] == -torch.inf).all()
+
+
+def test_a_selection_alone_raises_levels_as_it_goes(marks: list[torch.Tensor]) -> None:
+    pattern: Any = P["sparsek"](24)
+    assert not failures(pattern, call_of(pattern, SIZE, DTYPE, **SHAPE))
+    assert not marks
 
 
 def test_what_is_not_a_number_comes_out() -> None:
